@@ -1,0 +1,1 @@
+"""The software on a device: personalizes a proxy submodel and sends nothing but an update."""

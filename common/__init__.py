@@ -1,0 +1,1 @@
+"""What server and client must agree on: models, plans, adapters, messages. Imports neither side."""

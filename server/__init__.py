@@ -1,0 +1,1 @@
+"""The coordinator: profiles a base model, extracts proxy submodels, aggregates updates, merges."""

@@ -1,0 +1,1 @@
+"""Many devices on one machine, over the same server and client code that a deployment runs."""
