@@ -1,0 +1,192 @@
+"""Disk edge: a safetensors checkpoint as named byte ranges, read one tensor at a time.
+
+The format is a little-endian header length, a JSON header {name: dtype, shape, data_offsets}, and
+the bytes. Reading ranges ourselves keeps memory at one tensor, lets a blob service send parts of
+a file without a second copy of the model, and finds truncation before any work is done.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxymoe.common.errors import CheckpointError
+from proxymoe.common.files import atomic_writer
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100 << 20
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRange:
+    """Where the bytes of one tensor lie."""
+
+    file: str
+    offset: int
+    num_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """A checkpoint folder with one or many safetensors shards; headers are read at once.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or malformed, or a tensor has no known type.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ranges: dict[str, TensorRange] = {}
+        for name in self._shards():
+            for tensor, place in _read_header(folder / name).items():
+                if tensor in self.ranges:
+                    raise CheckpointError(f"{folder}: tensor {tensor} stands in two shards")
+                self.ranges[tensor] = place
+
+    def read_bytes(self, name: str) -> bytes:
+        """The raw bytes of one tensor."""
+        place = self.ranges[name]
+        path = self.folder / place.file
+        with path.open("rb") as file:
+            file.seek(place.offset)
+            content = file.read(place.num_bytes)
+        if len(content) != place.num_bytes:
+            raise CheckpointError(f"{path}: {name} is cut short; fetch the checkpoint again")
+        return content
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, owned by the caller."""
+        place = self.ranges[name]
+        return tensor_from(self.read_bytes(name), place.dtype, place.shape)
+
+    def _shards(self) -> list[str]:
+        index = self.folder / INDEX
+        if index.exists():
+            try:
+                listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise CheckpointError(f"{index}: not a safetensors index ({error})") from error
+            missing = [name for name in listed if not (self.folder / name).exists()]
+            if missing:
+                raise CheckpointError(
+                    f"{self.folder}: shards {missing} named by the index are missing"
+                )
+            return listed
+        if not (self.folder / WEIGHTS).exists():
+            raise CheckpointError(f"{self.folder}: holds neither {WEIGHTS} nor {INDEX}")
+        return [WEIGHTS]
+
+
+def tensor_from(content: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor that these bytes stand for."""
+    if not content:
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    flat = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return flat.view(DTYPES[dtype]).reshape(shape)
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The bytes that stand for a tensor in a checkpoint."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def write_checkpoint(
+    path: Path, specs: dict[str, tuple[str, tuple[int, ...]]], contents: Iterable[bytes]
+) -> None:
+    """Writes one safetensors file, streamed and atomic.
+
+    Args:
+        path: the file to make.
+        specs: {tensor name: (dtype name, shape)}; this order is the order of the bytes.
+        contents: the bytes of each tensor, in the order of `specs`, taken one at a time.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in specs.items():
+        size = math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 64)
+    with atomic_writer(path) as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        written = 0
+        for name, content in zip(specs, contents, strict=True):
+            start, stop = header[name]["data_offsets"]
+            if len(content) != stop - start:
+                raise CheckpointError(f"{name}: {len(content)} bytes where {stop - start} belong")
+            written += file.write(content)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a small set of tensors as one safetensors file, atomically."""
+    specs = {n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}
+    write_checkpoint(path, specs, (bytes_of(tensor) for tensor in tensors.values()))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file."""
+    return dict(_iterate(path))
+
+
+def _iterate(path: Path) -> Iterator[tuple[str, Tensor]]:
+    places = _read_header(path)
+    with path.open("rb") as file:
+        for name, place in places.items():
+            file.seek(place.offset)
+            yield name, tensor_from(file.read(place.num_bytes), place.dtype, place.shape)
+
+
+def _read_header(path: Path) -> dict[str, TensorRange]:
+    try:
+        total = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if not 0 < length <= min(MAX_HEADER_BYTES, total - 8):
+                raise ValueError(f"header of {length} bytes in a file of {total}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        places = {name: _place(path.name, 8 + length, entry) for name, entry in header.items()}
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+    for name, place in places.items():
+        if place.offset + place.num_bytes > total:
+            raise CheckpointError(
+                f"{path}: truncated; {name} ends at byte {place.offset + place.num_bytes} "
+                f"of {total}; fetch the file again"
+            )
+    return places
+
+
+def _place(file: str, base: int, entry: dict[str, Any]) -> TensorRange:
+    dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+    start, stop = entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"unsupported dtype {dtype}")
+    if start < 0 or stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"{stop - start} bytes for {dtype} {shape}")
+    return TensorRange(file, base + start, stop - start, dtype, shape)

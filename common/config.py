@@ -1,0 +1,217 @@
+"""An experiment, as one strict, frozen object backed by TOML.
+
+Defaults stand here and nowhere else. Unknown keys are refused, units are in the names, and the
+resolved file is written beside every result, so each run explains itself.
+"""
+
+import tomllib
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from proxymoe.common.errors import ConfigError
+from proxymoe.common.files import canonical_json, digest_of
+from proxymoe.common.plan import Others, RouterMode
+
+
+class Saliency(StrEnum):
+    """How experts are ranked; formulas in `server/extract.py`."""
+
+    ENERGY = "energy"
+    REAP = "reap"
+    FREQUENCY = "frequency"
+    RANDOM = "random"
+
+
+class Allocation(StrEnum):
+    """How many experts each layer keeps."""
+
+    GLOBAL = "global"
+    """By saliency over all layers, above a floor."""
+    UNIFORM = "uniform"
+    """The same number in every layer."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DeviceSettings(Section):
+    """Devices that one folder of data describes: one device per named subfolder."""
+
+    data: str
+    """Folder with <name>/train.jsonl, validation.jsonl and test.jsonl; relative to the assets."""
+    names: tuple[str, ...] = Field(min_length=1)
+    domain: str | None = None
+    """Public domain the owner names for all of them; None takes the device's own name."""
+    answers: bool = True
+    """Whether completions are one of few answers to rank (else: running text)."""
+
+
+class ExtractSettings(Section):
+    """How a proxy submodel is cut."""
+
+    kept_fraction: float = Field(default=0.25, gt=0, le=1)
+    """Share of the experts' bytes to keep, when no budget is given."""
+    budget_bytes: int | None = Field(default=None, gt=0)
+    saliency: Saliency = Saliency.ENERGY
+    allocation: Allocation = Allocation.GLOBAL
+    floor: float = Field(default=0.25, ge=0, le=1)
+    """Every layer keeps this share of what a uniform allocation would give it."""
+    others: Others = Others.DROP
+    router: RouterMode = RouterMode.FULL
+
+
+class AdapterSettings(Section):
+    """What is trained."""
+
+    targets: tuple[Literal["attention", "shared", "experts"], ...] = ("attention", "shared")
+    rank: int = Field(default=16, ge=1, le=512)
+
+
+class TrainSettings(Section):
+    """How a device tunes an adapter."""
+
+    steps: int = Field(default=12, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` suits few local steps under an adaptive server strategy."""
+    learning_rate: float = Field(default=1e-2, gt=0)
+    warmup_steps: int = Field(default=2, ge=0)
+    decay: bool = False
+    """Whether the learning rate falls linearly to zero within these steps."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    max_tokens: int = Field(default=256, ge=8)
+    too_long: Literal["truncate", "drop", "refuse"] = "truncate"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about half the memory, a third more time."""
+
+
+class FederationSettings(Section):
+    """How updates of many devices become one adapter."""
+
+    rounds: int = Field(default=20, ge=1)
+    strategy: Literal["fedavg", "fedadam"] = "fedavg"
+    server_learning_rate: float = Field(default=2.5, gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    epsilon: float = Field(default=1e-3, gt=0)
+    final_rate: float = Field(default=0.1, gt=0, le=1)
+    """The devices' learning rate falls linearly over the rounds to this share of itself."""
+    clip_norm: float = Field(default=30.0, gt=0)
+    """Largest L2 norm of one device's update; longer ones are scaled down on the device."""
+    canary_tolerance: float = Field(default=3.0, gt=0)
+    """Nats per token by which the loss on public text may rise over the base model's."""
+
+
+class PersonalSettings(Section):
+    """The personal adapter on top of the federated one; it never leaves the device."""
+
+    steps: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=5e-3, gt=0)
+    local_learning_rate: float = Field(default=1e-2, gt=0)
+    """Of the comparison: tuning alone, from nothing, with the same number of steps."""
+
+
+class EvaluateSettings(Section):
+    """How results are measured."""
+
+    max_items: int = Field(default=150, ge=1)
+    """Test rows per device."""
+    public_rows: int = Field(default=24, ge=1)
+    """Rows per public domain for the canary and for forgetting."""
+    public_domains: tuple[str, ...] = ("math", "code")
+    proxies: bool = True
+    """Whether the untuned and the tuned proxy submodel are evaluated too."""
+    full_reference: bool = False
+    """Whether each device is also tuned alone with the full model, for recovered gain."""
+
+
+class CompareSettings(Section):
+    """The table that shows whether the idea works; empty lists switch it off."""
+
+    seeds: tuple[int, ...] = ()
+    single_devices: tuple[str, ...] = ()
+    single_steps: int = Field(default=120, ge=1)
+    single_batch_size: int = Field(default=16, ge=1)
+    kept_fractions: tuple[float, ...] = ()
+    modes: tuple[str, ...] = ()
+    """Each `saliency/others` or `saliency/prune`, for example `energy/drop`, `reap/prune`."""
+    federated_modes: tuple[str, ...] = ()
+    federated_fraction: float = Field(default=0.25, gt=0, le=1)
+
+
+class Experiment(Section):
+    """One experiment file."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    base_model: str = "tiny-moe"
+    """Checkpoint folder; a relative path is taken from the assets."""
+    calibration: str = "calibration"
+    """Folder of public <domain>.jsonl files; relative to the assets."""
+    calibration_tokens: int = Field(default=4096, ge=64)
+    """Tokens profiled per public domain."""
+    seed: int = Field(default=0, ge=0)
+    workers: int = Field(default=2, ge=1)
+    devices: tuple[DeviceSettings, ...] = Field(min_length=1)
+    extract: ExtractSettings = ExtractSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    train: TrainSettings = TrainSettings()
+    federation: FederationSettings = FederationSettings()
+    personal: PersonalSettings = PersonalSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    compare: CompareSettings = CompareSettings()
+
+    @model_validator(mode="after")
+    def _distinct_devices(self) -> Self:
+        names = [name for group in self.devices for name in group.names]
+        if len(names) != len(set(names)):
+            raise ValueError(f"device names must be distinct, got {names}")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Names these settings; goes into every message of the run."""
+        return digest_of(canonical_json(self.model_dump(mode="json")))
+
+
+def load_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
+    """The experiment in a TOML file, with `section.key=value` overrides (values in TOML).
+
+    Raises:
+        ConfigError: no file, no TOML, an unknown key or a value out of range; names which.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        for override in overrides:
+            _override(table, override)
+        return Experiment.model_validate(table)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"{path}: " + "; ".join(lines)) from error
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: write section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, key = path.strip().split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {section} is no section")
+    table[key] = value

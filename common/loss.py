@@ -1,0 +1,93 @@
+"""Next-token loss on completions, in memory that does not grow with the vocabulary."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from proxymoe.common.experts import only_valid_tokens
+from proxymoe.common.text import IGNORED, Batch
+
+CHUNK_ROWS = 256
+"""Predicted positions whose logits exist at one time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How good a model is on a data set."""
+
+    loss: float
+    """Mean completion loss, nats per token."""
+    accuracy: float
+    """Share of right answers, or of right next tokens where there is no answer to rank."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of a frozen head; the gradient is computed along with the loss.
+
+    Logits (N, V) are made CHUNK_ROWS rows at a time in fp32 and never kept: what is saved for
+    the backward pass is the gradient of the hidden states (N, D).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        gradient = torch.zeros_like(hidden)
+        for start in range(0, hidden.shape[0], CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            logits = F.linear(hidden[rows], head).float()
+            log_probs = F.log_softmax(logits, dim=-1)
+            goal = targets[rows]
+            total += F.nll_loss(log_probs, goal, ignore_index=IGNORED, reduction="sum").double()
+            slope = log_probs.exp_()
+            slope[torch.arange(goal.numel()), goal.clamp_min(0)] -= 1.0
+            slope.masked_fill_((goal == IGNORED)[:, None], 0.0)
+            gradient[rows] = slope.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0].to(gradient.dtype), None, None
+
+
+def predicted_states(model: Any, batch: Batch) -> Tensor:
+    """Final hidden states at the predicted positions, (N, D).
+
+    Padding is on the right and attention is causal, so padding needs no mask; it is kept out of
+    the experts.
+    """
+    with only_valid_tokens(batch.valid):
+        output = model.base_model(input_ids=batch.tokens, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.where)
+
+
+def completion_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean nats per completion token of the batch, differentiable; the head is frozen."""
+    head = model.get_output_embeddings().weight  # type: ignore[operator]
+    states = predicted_states(model, batch)
+    total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        states, head, batch.targets
+    )
+    return total / (batch.targets != IGNORED).sum()
+
+
+@torch.no_grad()
+def token_quality(model: nn.Module, batches: Iterable[Batch]) -> Quality:
+    """Loss and next-token accuracy over all completion tokens of the batches."""
+    head = model.get_output_embeddings().weight  # type: ignore[operator]
+    loss, right, count = 0.0, 0, 0
+    for batch in batches:
+        states = predicted_states(model, batch)
+        for start in range(0, states.shape[0], CHUNK_ROWS):
+            goal = batch.targets[start : start + CHUNK_ROWS]
+            logits = F.linear(states[start : start + CHUNK_ROWS], head).float()
+            loss += F.cross_entropy(logits, goal, ignore_index=IGNORED, reduction="sum").item()
+            right += int((logits.argmax(-1) == goal).sum())
+            count += int((goal != IGNORED).sum())
+    return Quality(loss / count, right / count)

@@ -1,0 +1,166 @@
+"""A proxy submodel as a manifest over content-addressed tensors.
+
+Kept experts are byte ranges of the base checkpoint, so cutting a proxy submodel is a listing, not
+a copy. A device reads the blobs it lacks, checks each against its digest, and materialises one
+fused safetensors file that it can map into memory.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import AutoConfig, PretrainedConfig
+
+from proxymoe.common.checkpoint import WEIGHTS, bytes_of, tensor_from, write_checkpoint
+from proxymoe.common.errors import CheckpointError, IntegrityError, UnsupportedModel
+from proxymoe.common.files import digest_of, write_bytes, write_json
+from proxymoe.common.plan import Plan, RouterMode
+
+Part = Literal["whole", "gate", "up", "down"]
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""Small files beside the weights that a device needs too."""
+PLAN_FILE = "plan.json"
+
+
+class Piece(BaseModel):
+    """One tensor of the base checkpoint: what it is, and the digest of its bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    """Name on disk."""
+    target: str
+    """Name of the parameter in memory that it is, or is part of."""
+    part: Part = "whole"
+    layer: int | None = None
+    """Decoder layer, for tensors of a router or an expert."""
+    expert: int | None = None
+    expert_dim: int | None = None
+    """Dimension indexed by expert, for tensors of a router."""
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    digest: str
+
+
+class Manifest(BaseModel):
+    """Everything a device needs to build its proxy submodel, by digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan: Plan
+    config: dict[str, Any]
+    """The model's config.json, marked with the plan."""
+    pieces: tuple[Piece, ...]
+    companions: dict[str, str] = Field(default_factory=dict)
+    """{file name: digest} of tokenizer and the like."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights of the proxy submodel."""
+        sliced = self.plan.router is RouterMode.SLICED
+        return sum(_held_bytes(p, self.plan) if sliced else p.num_bytes for p in self.pieces)
+
+
+def materialise(
+    manifest: Manifest,
+    folder: Path,
+    read_piece: Callable[[Piece], bytes],
+    read_companion: Callable[[str], bytes],
+) -> Path:
+    """Writes the proxy submodel as a fused checkpoint that transformers can map; returns `folder`.
+
+    The weights file appears last and atomically, so a folder that has it is whole.
+
+    Raises:
+        IntegrityError: bytes from `read_piece` or `read_companion` do not match their digest.
+    """
+    plan = manifest.plan
+    groups: dict[str, list[Piece]] = {}
+    for piece in manifest.pieces:
+        groups.setdefault(piece.target, []).append(piece)
+    for pieces in groups.values():
+        pieces.sort(key=lambda p: (p.expert if p.expert is not None else -1, p.part == "up"))
+
+    def contents() -> Iterator[bytes]:
+        for pieces in groups.values():
+            whole = bytearray()
+            for piece in pieces:
+                content = read_piece(piece)
+                _require_digest(piece.source, content, piece.digest)
+                whole += _cut(piece, content, plan)
+            yield bytes(whole)
+
+    for name, digest in manifest.companions.items():
+        content = read_companion(name)
+        _require_digest(name, content, digest)
+        write_bytes(folder / name, content)
+    write_json(folder / "config.json", manifest.config)
+    write_bytes(folder / PLAN_FILE, plan.model_dump_json(indent=1).encode())
+    specs = {target: (ps[0].dtype, _fused_shape(ps, plan)) for target, ps in groups.items()}
+    write_checkpoint(folder / WEIGHTS, specs, contents())
+    return folder
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The model config of a checkpoint folder; UnsupportedModel for a family nobody knows."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        if not (folder / "config.json").exists():
+            raise CheckpointError(f"{folder}: no config.json; is this a checkpoint?") from error
+        raise UnsupportedModel(f"{folder}: {reason}") from error
+    return config
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan beside a materialised submodel."""
+    try:
+        return Plan.model_validate_json((folder / PLAN_FILE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(f"{folder / PLAN_FILE}: no readable plan ({error})") from error
+
+
+def _require_digest(name: str, content: bytes, digest: str) -> None:
+    if (found := digest_of(content)) != digest:
+        raise IntegrityError(
+            f"{name}: digest {found[:16]} instead of {digest[:16]}; fetch it again"
+        )
+
+
+def _cut(piece: Piece, content: bytes, plan: Plan) -> bytes:
+    """The bytes of a piece in this plan: router tensors lose rows under a sliced router."""
+    if piece.expert_dim is None or piece.layer is None or plan.router is RouterMode.FULL:
+        return content
+    kept = torch.tensor(plan.layers[piece.layer].kept)
+    tensor = tensor_from(content, piece.dtype, piece.shape)
+    return bytes_of(tensor.index_select(piece.expert_dim, kept))
+
+
+def _held_bytes(piece: Piece, plan: Plan) -> int:
+    if piece.expert_dim is None or piece.layer is None:
+        return piece.num_bytes
+    layer = plan.layers[piece.layer]
+    return piece.num_bytes * len(layer.kept) // layer.num_experts
+
+
+def _fused_shape(pieces: list[Piece], plan: Plan) -> tuple[int, ...]:
+    first = pieces[0]
+    if first.expert is not None:
+        num_experts = len({piece.expert for piece in pieces})
+        rows, columns = first.shape
+        return (num_experts, rows * len(pieces) // num_experts, columns)
+    sliced = plan.router is RouterMode.SLICED and first.expert_dim is not None
+    if sliced and first.layer is not None:
+        kept = len(plan.layers[first.layer].kept)
+        return tuple(kept if i == first.expert_dim else n for i, n in enumerate(first.shape))
+    return first.shape

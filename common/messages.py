@@ -1,0 +1,101 @@
+"""What server and devices say to each other: a typed header and one vector of fp32 numbers.
+
+On the wire: magic and version, header length, JSON header, raw little-endian fp32. Any byte
+string decodes to a message or to a ProtocolError, and nothing is allocated before its size has
+been checked.
+"""
+
+import struct
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from proxymoe.common.config import TrainSettings
+from proxymoe.common.errors import ProtocolError
+
+MAGIC = b"PXM1"
+MAX_HEADER_BYTES = 64 << 10
+MAX_VECTOR_BYTES = 1 << 30
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    run: str = Field(max_length=128)
+    round: int = Field(ge=0)
+    device: str = Field(max_length=128)
+    base: Digest
+    plan: Digest
+    layout: Digest
+    """Digest of the adapter layout that the vector is in."""
+
+
+class TrainTask(_Header):
+    """Server to device: tune from this adapter. The vector is the federated adapter."""
+
+    kind: Literal["train"] = "train"
+    train: TrainSettings
+    clip_norm: float = Field(gt=0)
+    seed: int = Field(ge=0)
+
+
+class TrainReply(_Header):
+    """Device to server: the clipped update. The vector is tuned minus received adapter."""
+
+    kind: Literal["update"] = "update"
+    num_examples: int = Field(ge=1)
+    first_loss: float
+    last_loss: float
+    norm: float = Field(ge=0)
+    """L2 norm of the update before clipping."""
+    seconds: float = Field(ge=0)
+    peak_rss_mb: float = Field(ge=0)
+
+
+class Refusal(_Header):
+    """Device to server: no update, and why, without private detail. The vector is empty."""
+
+    kind: Literal["refusal"] = "refusal"
+    reason: Literal["diverged", "mismatch", "policy", "data", "failed"]
+
+
+Message = TrainTask | TrainReply | Refusal
+_ADAPTER: TypeAdapter[Message] = TypeAdapter(
+    Annotated[TrainTask | TrainReply | Refusal, Field(discriminator="kind")]
+)
+
+
+def encode(message: Message, vector: Vector | None = None) -> bytes:
+    """The bytes of a message; `vector` is (P,) fp32, or None for none."""
+    header = message.model_dump_json().encode()
+    if len(header) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"header of {len(header)} bytes, the limit is {MAX_HEADER_BYTES}")
+    body = b"" if vector is None else np.ascontiguousarray(vector, dtype="<f4").tobytes()
+    return MAGIC + struct.pack("<I", len(header)) + header + body
+
+
+def decode(content: bytes, max_vector_bytes: int = MAX_VECTOR_BYTES) -> tuple[Message, Vector]:
+    """The message and its vector, (P,) fp32, possibly empty.
+
+    Raises:
+        ProtocolError: anything but a well-formed message within the limits.
+    """
+    start = len(MAGIC) + 4
+    if content[: len(MAGIC)] != MAGIC or len(content) < start:
+        raise ProtocolError("not a ProxyMoE message of version 1")
+    (length,) = struct.unpack_from("<I", content, len(MAGIC))
+    if length > min(MAX_HEADER_BYTES, len(content) - start):
+        raise ProtocolError(f"header of {length} bytes does not fit the message")
+    body = memoryview(content)[start + length :]
+    if len(body) > max_vector_bytes or len(body) % 4:
+        raise ProtocolError(f"vector of {len(body)} bytes, the limit is {max_vector_bytes}")
+    try:
+        message = _ADAPTER.validate_json(content[start : start + length])
+    except ValidationError as error:
+        fields = sorted({".".join(map(str, e["loc"])) for e in error.errors()})
+        raise ProtocolError(f"header refused at {fields}") from None
+    return message, np.frombuffer(body, dtype="<f4").astype(np.float32)

@@ -1,0 +1,127 @@
+"""Loads a materialised model, full or proxy, mapped from disk and ready for adapters.
+
+A proxy submodel is the stock model class with fewer experts: a dynamic subclass resizes the MoE
+blocks right after construction, and transformers' own loading does the rest. The weights stay
+mapped file pages, so many virtual devices on one machine share them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from proxymoe.common.checkpoint import read_tensors
+from proxymoe.common.errors import CheckpointError
+from proxymoe.common.experts import Redirect, expert_state, install_backend
+from proxymoe.common.manifest import read_config, read_plan
+from proxymoe.common.moe import keep_experts, moe_layers, slice_router
+from proxymoe.common.plan import Others, Plan, RouterMode
+
+OFFSETS_FILE = "offsets.safetensors"
+"""Mean vectors of the experts, {layer number: (E, D)}, beside the weights of a `mean` plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model with our experts backend, frozen, in evaluation mode."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of context that the model was made for."""
+        return int(self.model.config.max_position_embeddings)
+
+
+def load(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
+    """The model in a folder made by `manifest.materialise`.
+
+    Args:
+        folder: holds config, plan, fused weights and tokenizer.
+        dtype: None keeps the stored type and maps the file; another type copies.
+    """
+    transformers_logging.disable_progress_bar()
+    config, plan = read_config(folder), read_plan(folder)
+    stock = AutoModelForCausalLM._model_mapping[type(config)]
+    model = _proxy_class(stock).from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype or config.dtype or torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+    )
+    model.requires_grad_(False).eval()
+    install_backend(model)
+    _install_redirects(model, plan, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return LoadedModel(model, tokenizer, plan)
+
+
+def compute_dtype(wanted: str) -> torch.dtype:
+    """The type that `auto`, `bfloat16` or `float32` means on this machine.
+
+    `auto` is bf16 where the CPU multiplies it natively, else fp32.
+    """
+    if wanted != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def _install_redirects(model: nn.Module, plan: Plan, folder: Path) -> None:
+    if plan.keeps_all or plan.router is RouterMode.SLICED:
+        return
+    offsets = read_tensors(folder / OFFSETS_FILE) if plan.others is Others.MEAN else {}
+    for layer in moe_layers(model):
+        planned = plan.layers[layer.position]
+        if layer.num_experts != len(planned.kept):
+            raise CheckpointError(
+                f"{folder}: {layer.num_experts} experts in layer {layer.position}, "
+                f"the plan keeps {len(planned.kept)}"
+            )
+        expert_state(layer.experts).redirect = Redirect(
+            torch.tensor(planned.slots()), offsets.get(str(layer.position))
+        )
+
+
+class _ProxyMixin:
+    """Resizes MoE blocks to what `config.proxy_moe` says, before any weight is loaded."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        cut = getattr(config, "proxy_moe", None)
+        if not cut:
+            return
+        assert isinstance(self, nn.Module)
+        for layer in moe_layers(self):
+            num_kept = cut["layers"][str(layer.position)]
+            if cut["router"] == RouterMode.SLICED.value:
+                slice_router(layer, num_kept)
+            keep_experts(layer, num_kept)
+
+
+_proxy_classes: dict[Any, Any] = {}
+
+
+def _proxy_class(stock: Any) -> Any:
+    """The stock class with the mixin.
+
+    Its module stays the stock one, so that transformers' checkpoint conversions and experts
+    backends treat it as the family it is.
+    """
+    if stock not in _proxy_classes:
+        body = {"__module__": stock.__module__, "__doc__": stock.__doc__}
+        _proxy_classes[stock] = type(f"Proxy{stock.__name__}", (_ProxyMixin, stock), body)
+    return _proxy_classes[stock]

@@ -1,0 +1,121 @@
+"""A plan: which experts of a base model a proxy submodel keeps, and what happens to the others.
+
+A plan is plain data that a person can read and compare. It always speaks in the base model's
+own expert ids; slots (positions among the kept experts) exist only inside a live model.
+"""
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from proxymoe.common.errors import PlanError
+from proxymoe.common.files import canonical_json, digest_of
+
+
+class Others(StrEnum):
+    """What a routed expert contributes when it is not kept."""
+
+    DROP = "drop"
+    """Nothing: its share of the sum is left out."""
+    MEAN = "mean"
+    """Its gate times a constant vector, its mean output (MoNE, arXiv 2507.00390)."""
+
+
+class RouterMode(StrEnum):
+    """Whether the proxy submodel's router can still choose what is not kept."""
+
+    FULL = "full"
+    """The whole router, untouched: gates are the base model's own."""
+    SLICED = "sliced"
+    """Only the kept rows, as most pruning methods do: gates renormalise over the kept."""
+
+
+class LayerPlan(BaseModel):
+    """The kept experts of one MoE layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    num_experts: int = Field(ge=1)
+    """Experts of this layer in the base model."""
+    kept: tuple[int, ...] = Field(strict=False)
+    """Ids of the kept experts, ascending."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.kept:
+            raise ValueError("no expert kept; every layer keeps at least one")
+        if list(self.kept) != sorted(set(self.kept)):
+            raise ValueError(f"kept experts {self.kept} are not ascending and distinct")
+        if self.kept[0] < 0 or self.kept[-1] >= self.num_experts:
+            raise ValueError(f"kept experts {self.kept} outside 0..{self.num_experts - 1}")
+        return self
+
+    def slots(self) -> list[int]:
+        """Slot of every expert of the base layer, -1 where it is not kept."""
+        slot_of = {expert: slot for slot, expert in enumerate(self.kept)}
+        return [slot_of.get(expert, -1) for expert in range(self.num_experts)]
+
+
+class Plan(BaseModel):
+    """Kept experts per layer, the fate of the others, and the base model this holds for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    base: str
+    """Digest of the base model's checkpoint."""
+    layers: dict[int, LayerPlan] = Field(strict=False)
+    """By number of the decoder layer."""
+    router: RouterMode = Field(default=RouterMode.FULL, strict=False)
+    others: Others = Field(default=Others.DROP, strict=False)
+    saliency: str = "energy"
+    """How the kept experts were ranked; provenance only."""
+    offsets: str | None = None
+    """Digest of the mean vectors, present exactly when `others` is `mean`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.layers:
+            raise ValueError("a plan needs at least one layer")
+        if (self.offsets is not None) != (self.others is Others.MEAN):
+            raise ValueError("offsets go with others = 'mean' and with nothing else")
+        if self.router is RouterMode.SLICED and self.others is not Others.DROP:
+            raise ValueError("a sliced router never chooses other experts; use others = 'drop'")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Names this plan on the wire and in every message about it."""
+        return digest_of(canonical_json(self.model_dump(mode="json")))
+
+    @property
+    def num_kept(self) -> int:
+        """Kept experts over all layers."""
+        return sum(len(layer.kept) for layer in self.layers.values())
+
+    @property
+    def kept_fraction(self) -> float:
+        """Kept experts over all experts."""
+        return self.num_kept / sum(layer.num_experts for layer in self.layers.values())
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the proxy submodel is the whole base model."""
+        return all(len(layer.kept) == layer.num_experts for layer in self.layers.values())
+
+    def require_base(self, base: str) -> None:
+        """Raises PlanError unless this plan was made for the base model with that digest."""
+        if self.base != base:
+            raise PlanError(
+                f"plan {self.digest[:12]} is for base model {self.base[:12]}, not {base[:12]}; "
+                "make a new plan for this base model"
+            )
+
+
+def keep_all(base: str, num_experts: dict[int, int]) -> Plan:
+    """The plan whose proxy submodel is the full model; `num_experts` by decoder layer."""
+    layers = {
+        position: LayerPlan(num_experts=count, kept=tuple(range(count)))
+        for position, count in num_experts.items()
+    }
+    return Plan(base=base, layers=layers, saliency="all")

@@ -1,0 +1,75 @@
+"""Disk edge: a run's rounds, so that four rounds equal two, a stop, and two more."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from proxymoe.common.checkpoint import read_tensors, write_tensors
+from proxymoe.common.errors import CheckpointError, LayoutMismatch
+from proxymoe.common.files import write_json
+from proxymoe.server import strategy
+from proxymoe.server.round import FederationState, RoundReport
+from proxymoe.server.strategy import StrategyState
+
+KEPT_STATES = 2
+
+
+class Journal:
+    """The states and reports of a run's rounds, in a folder.
+
+    A round is written report first and state last, each atomically: the newest state file says
+    what has happened, whatever else a killed run left behind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._states = folder / "states"
+        self._reports = folder / "rounds"
+
+    def write(self, state: FederationState, report: RoundReport) -> None:
+        """Makes a completed round durable and forgets states that nobody needs any more."""
+        write_json(self._reports / f"{state.round:05d}.json", dataclasses.asdict(report))
+        tensors = {
+            "adapter": state.adapter,
+            "momentum": state.strategy.momentum,
+            "variance": state.strategy.variance,
+        }
+        write_tensors(self._states / f"{state.round:05d}.safetensors", tensors)
+        for old in sorted(self._states.glob("*.safetensors"))[:-KEPT_STATES]:
+            old.unlink()
+
+    def latest(self, size: int) -> FederationState:
+        """The state after the last completed round, or the initial one, for P = `size`.
+
+        Raises:
+            LayoutMismatch: the run on disk has an adapter of another size.
+        """
+        paths = sorted(self._states.glob("*.safetensors"))
+        if not paths:
+            return initial_state(size)
+        tensors = read_tensors(paths[-1])
+        if tensors["adapter"].numel() != size:
+            raise LayoutMismatch(
+                f"{paths[-1]}: adapter of {tensors['adapter'].numel()} parameters, expected "
+                f"{size}; the run was started with other settings"
+            )
+        memory = StrategyState(tensors["momentum"], tensors["variance"])
+        return FederationState(int(paths[-1].stem), tensors["adapter"], memory)
+
+    def reports(self, up_to: int) -> list[dict[str, Any]]:
+        """The reports of rounds 1 to `up_to`, in order."""
+        try:
+            return [
+                json.loads((self._reports / f"{number:05d}.json").read_bytes())
+                for number in range(1, up_to + 1)
+            ]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self._reports}: a round report is unreadable ({error})"
+            ) from error
+
+
+def initial_state(size: int) -> FederationState:
+    """The state before the first round: the adapter that changes nothing."""
+    memory = strategy.init(size)
+    return FederationState(0, memory.momentum.clone(), memory)

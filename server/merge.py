@@ -1,0 +1,90 @@
+"""★ Brings an adapter home: into the full model's weights, shard by shard.
+
+What was learned on proxy submodels fits the full model by identity, because kept experts are
+bit-identical to the base model's. The merged checkpoint has the base model's own names, shards
+and types; only tensors with a delta differ: W + s·B·A, computed in fp32, rounded once.
+
+Memory: one tensor. The folder appears whole or not at all; a merge that was interrupted goes on
+with the first shard that is missing.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from proxymoe.common.adapter import AdapterLayout, Block, delta_weight
+from proxymoe.common.checkpoint import INDEX, TensorRange, bytes_of, tensor_from, write_checkpoint
+from proxymoe.common.errors import CheckpointError
+from proxymoe.common.manifest import COMPANIONS, Piece
+from proxymoe.server.base import BaseCheckpoint
+
+
+def merge(
+    base: BaseCheckpoint,
+    layout: AdapterLayout,
+    vector: Tensor,
+    target: Path,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Path:
+    """Writes the base model with the adapter (P,) merged into `target`, and returns it.
+
+    Raises:
+        CheckpointError: `target` exists already.
+        LayoutMismatch: the vector does not fit the layout.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists; merge into a new folder")
+    deltas = _Deltas(layout, vector)
+    pieces = {piece.source: piece for piece in base.pieces}
+    shards: dict[str, dict[str, TensorRange]] = {}
+    for name, place in base.checkpoint.ranges.items():
+        shards.setdefault(place.file, {})[name] = place
+
+    partial = target.with_name(f"{target.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    for done, (file, places) in enumerate(shards.items()):
+        progress(done, len(shards))
+        if not (partial / file).exists():
+            specs = {name: (place.dtype, place.shape) for name, place in places.items()}
+            contents = (_merged(base, name, pieces.get(name), deltas) for name in places)
+            write_checkpoint(partial / file, specs, contents)
+    for name in ("config.json", INDEX, *COMPANIONS):
+        if (base.folder / name).exists():
+            shutil.copyfile(base.folder / name, partial / name)
+    partial.rename(target)
+    progress(len(shards), len(shards))
+    return target
+
+
+class _Deltas:
+    """The adapter's blocks by the parameter they change."""
+
+    def __init__(self, layout: AdapterLayout, vector: Tensor) -> None:
+        self.layout = layout
+        self._blocks: dict[tuple[str, int | None], tuple[Block, Tensor]] = {}
+        for block, trained in zip(layout.blocks, layout.trained_factors(vector), strict=True):
+            parameter = block.module if block.expert is not None else f"{block.module}.weight"
+            self._blocks[parameter, block.expert] = (block, trained)
+
+    def of(self, piece: Piece) -> Tensor | None:
+        """The change of this piece's tensor in fp32, or None."""
+        found = self._blocks.get((piece.target, piece.expert))
+        if found is None:
+            return None
+        block, trained = found
+        delta = delta_weight(block, trained, self.layout.rank, self.layout.seed)
+        if piece.part in ("gate", "up"):
+            gate, up = delta.chunk(2, dim=0)
+            return gate if piece.part == "gate" else up
+        return delta
+
+
+def _merged(base: BaseCheckpoint, name: str, piece: Piece | None, deltas: _Deltas) -> bytes:
+    content = base.checkpoint.read_bytes(name)
+    delta = deltas.of(piece) if piece is not None else None
+    if delta is None or piece is None:
+        return content
+    weight = tensor_from(content, piece.dtype, piece.shape)
+    return bytes_of((weight.float() + delta).to(weight.dtype))

@@ -1,0 +1,186 @@
+"""The profile of a base model: what every expert does on public text of several domains.
+
+For each domain, layer and expert the profile keeps sums over the tokens routed to that expert;
+with gate g and expert output f these are the count, Σg, Σ‖gf‖, Σ‖gf‖² and Σg²f. Sums are linear,
+so statistics of any domain mixture follow without touching the model again. Public text only:
+nothing here ever sees private data.
+
+Shapes: E experts, D hidden size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from proxymoe.common.checkpoint import read_tensors, write_tensors
+from proxymoe.common.errors import CheckpointError, ConfigError
+from proxymoe.common.experts import expert_state
+from proxymoe.common.loss import predicted_states
+from proxymoe.common.model import LoadedModel
+from proxymoe.common.moe import moe_layers
+from proxymoe.common.text import Example, sequential_batches
+
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStatistics:
+    """Sums over the tokens routed to each expert of one layer; per token after `Profile.mix`."""
+
+    count: Tensor
+    """(E,) tokens routed to the expert."""
+    gate: Tensor
+    """(E,) Σ g."""
+    gate_squared: Tensor
+    """(E,) Σ g²."""
+    norm: Tensor
+    """(E,) Σ ‖g f‖."""
+    energy: Tensor
+    """(E,) Σ ‖g f‖²."""
+    output: Tensor
+    """(E, D) Σ g² f."""
+
+    @classmethod
+    def zeros(cls, num_experts: int, hidden_size: int) -> Self:
+        """The statistics of no tokens."""
+        count, gate, gate_squared, norm, energy = torch.zeros(5, num_experts).unbind()
+        output = torch.zeros(num_experts, hidden_size)
+        return cls(count, gate, gate_squared, norm, energy, output)
+
+    def mean_output(self) -> Tensor:
+        """(E, D) the constant that best replaces each expert: Σg²f / Σg², zero if never routed."""
+        return self.output / self.gate_squared.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+
+    def residual_energy(self) -> Tensor:
+        """(E,) energy that is lost when the expert is replaced by its mean output."""
+        explained = (self.output * self.mean_output()).sum(-1)
+        return (self.energy - explained).clamp_min(0.0)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Statistics of one base model by domain and decoder layer, with the tokens behind them."""
+
+    base: str
+    domains: dict[str, dict[int, ExpertStatistics]]
+    num_tokens: dict[str, int]
+
+    def mix(self, mixture: dict[str, float]) -> dict[int, ExpertStatistics]:
+        """Expected statistics per token of a domain mixture, by decoder layer.
+
+        Raises:
+            ConfigError: an unknown domain, or weights that are negative or all zero.
+        """
+        if unknown := sorted(set(mixture) - set(self.domains)):
+            raise ConfigError(
+                f"domains {unknown} are not in the profile; known: {sorted(self.domains)}"
+            )
+        total = sum(mixture.values())
+        if min(mixture.values(), default=0.0) < 0 or total <= 0:
+            raise ConfigError(f"domain mixture {mixture} needs weights >= 0, some above 0")
+        scale = {name: w / total / self.num_tokens[name] for name, w in mixture.items()}
+        return {
+            at: _combine([(scale[name], self.domains[name][at]) for name in mixture])
+            for at in next(iter(self.domains.values()))
+        }
+
+    def uniform(self) -> dict[str, float]:
+        """The mixture for a device of which nothing is known: every domain alike."""
+        return dict.fromkeys(self.domains, 1.0)
+
+
+def profile_domain(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    max_tokens: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> tuple[dict[int, ExpertStatistics], int]:
+    """Statistics of the full model on one domain, and the number of tokens seen.
+
+    Batches are taken until `max_tokens` is reached; `progress` is told the tokens of each.
+    """
+    sums: dict[int, ExpertStatistics] = {}
+    layers = moe_layers(loaded.model)
+    for layer in layers:
+        sums[layer.position] = ExpertStatistics.zeros(layer.num_experts, layer.hidden_size)
+        expert_state(layer.experts).observer = _observer(sums[layer.position])
+    num_tokens = 0
+    try:
+        for batch in sequential_batches(_head(examples, max_tokens), BATCH_SIZE):
+            with torch.no_grad():
+                predicted_states(loaded.model, batch)
+            num_tokens += (seen := int(batch.valid.sum()))
+            progress(seen)
+    finally:
+        for layer in layers:
+            expert_state(layer.experts).observer = None
+    if not all(bool(torch.isfinite(s.energy).all()) for s in sums.values()):
+        raise CheckpointError("profile statistics are not finite; are the weights damaged?")
+    return sums, num_tokens
+
+
+def save_domain(
+    path: Path, base: str, statistics: dict[int, ExpertStatistics], num_tokens: int
+) -> None:
+    """Writes one domain's statistics atomically; a profile on disk is a folder of these."""
+    tensors = {
+        f"{at}.{field.name}": getattr(stats, field.name)
+        for at, stats in statistics.items()
+        for field in fields(ExpertStatistics)
+    }
+    tensors["num_tokens"] = torch.tensor([num_tokens])
+    tensors["base"] = torch.tensor(list(bytes.fromhex(base)), dtype=torch.uint8)
+    write_tensors(path, tensors)
+
+
+def load_profile(folder: Path, base: str) -> Profile:
+    """The profile in a folder; domains of another base model are an error."""
+    domains, num_tokens = {}, {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = read_tensors(path)
+        found = bytes(tensors.pop("base").tolist()).hex()
+        if found != base:
+            raise CheckpointError(f"{path}: profile of base model {found[:12]}, not {base[:12]}")
+        num_tokens[path.stem] = int(tensors.pop("num_tokens").item())
+        positions = sorted({int(name.partition(".")[0]) for name in tensors})
+        names = [field.name for field in fields(ExpertStatistics)]
+        domains[path.stem] = {
+            at: ExpertStatistics(*(tensors[f"{at}.{name}"] for name in names)) for at in positions
+        }
+    if not domains:
+        raise CheckpointError(f"{folder}: no profile here; profile the base model first")
+    return Profile(base, domains, num_tokens)
+
+
+def _observer(sums: ExpertStatistics) -> Callable[[Tensor, Tensor], None]:
+    def observe(outputs: Tensor, gates: Tensor) -> None:
+        outputs, gates = outputs.float(), gates.float()
+        norms = outputs.norm(dim=-1) * gates
+        sums.count.add_((gates > 0).sum(1))
+        sums.gate.add_(gates.sum(1))
+        sums.gate_squared.add_(gates.square().sum(1))
+        sums.norm.add_(norms.sum(1))
+        sums.energy.add_(norms.square().sum(1))
+        sums.output.add_(torch.bmm(gates.square()[:, None, :], outputs)[:, 0])
+
+    return observe
+
+
+def _combine(parts: list[tuple[float, ExpertStatistics]]) -> ExpertStatistics:
+    names = [field.name for field in fields(ExpertStatistics)]
+    mixed = [torch.stack([w * getattr(stats, name) for w, stats in parts]).sum(0) for name in names]
+    return ExpertStatistics(*mixed)
+
+
+def _head(examples: Sequence[Example], max_tokens: int) -> list[Example]:
+    taken, total = [], 0
+    for example in examples:
+        taken.append(example)
+        total += len(example.tokens)
+        if total >= max_tokens:
+            break
+    return taken

@@ -1,0 +1,115 @@
+"""The rounds of one federation on virtual devices, durable and resumable."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from proxymoe.common.config import Experiment
+from proxymoe.common.plan import Plan
+from proxymoe.server.aggregate import PlainSum
+from proxymoe.server.journal import Journal, initial_state
+from proxymoe.server.round import (
+    Federation,
+    FederationState,
+    Member,
+    RoundReport,
+    Transport,
+    run_round,
+)
+from proxymoe.simulations import worker
+from proxymoe.simulations.pool import PoolTransport, WorkerPool
+
+log = logging.getLogger(__name__)
+
+CANARY_ROWS = 6
+CANARY_TOKENS = 96
+"""Rows and tokens per row and public domain that every round's candidate must still read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where a federation ended, and what its rounds reported."""
+
+    state: FederationState
+    reports: list[dict[str, Any]]
+
+
+RoundDone = Callable[[RoundReport], None]
+
+
+def federation_of(
+    pool: WorkerPool, plans: Mapping[str, Plan], experiment: Experiment, run: str
+) -> Federation:
+    """The federation of these virtual devices; measures the base model's canary loss."""
+    site = pool.site
+
+    def canary(adapter: Tensor | None) -> float:
+        vector = None if adapter is None else adapter.numpy()
+        losses = pool.submit(worker.public_loss, vector, CANARY_ROWS, CANARY_TOKENS)
+        return float(np.mean(list(losses.result().values())))
+
+    members = {name: Member(plan, site.layout.held_under(plan)) for name, plan in plans.items()}
+    return Federation(
+        run=run,
+        base=site.base,
+        seed=experiment.seed,
+        layout=site.layout,
+        members=members,
+        train=experiment.train,
+        settings=experiment.federation,
+        canary=canary,
+        canary_limit=canary(None) + experiment.federation.canary_tolerance,
+    )
+
+
+def federate(
+    federation: Federation,
+    transport_of: Callable[[int], Transport],
+    journal: Journal | None,
+    done: RoundDone,
+) -> Outcome:
+    """Runs the rounds that are left and returns where they ended.
+
+    Args:
+        federation: what stays the same over the rounds.
+        transport_of: the transport for a round, by number.
+        journal: keeps the rounds, and knows those already done; None keeps nothing.
+        done: told of every round as it ends.
+    """
+    size = federation.layout.size
+    state = journal.latest(size) if journal else initial_state(size)
+    reports = journal.reports(state.round) if journal else []
+    while state.round < federation.settings.rounds:
+        summation = PlainSum(federation.layout)
+        log.info("round %d: %s", state.round + 1, summation.notice)
+        state, report = run_round(federation, state, transport_of(state.round + 1), summation)
+        _log(report)
+        if journal:
+            journal.write(state, report)
+        reports.append(asdict(report))
+        done(report)
+    return Outcome(state, reports)
+
+
+def pool_transports(
+    pool: WorkerPool, plans: Mapping[str, Plan], measure: bool
+) -> Callable[[int], Transport]:
+    """In-process transports; with `measure`, round 1 runs every device in its own process."""
+    return lambda number: PoolTransport(pool, plans, measure and number == 1)
+
+
+def _log(report: RoundReport) -> None:
+    for name, reason in report.refused.items():
+        log.warning("round %d: update of %s not used: %s", report.round, name, reason)
+    log.info(
+        "round %d: %s, %d updates, mean local loss %.3f, canary %.3f",
+        report.round,
+        "committed" if report.committed else "rolled back",
+        report.num_updates,
+        np.mean([last for _, last in report.losses.values()]),
+        report.canary_loss,
+    )

@@ -1,0 +1,250 @@
+"""One experiment, from base model to metrics: profile, cut, federate, personalise, measure."""
+
+import logging
+import platform
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from proxymoe.common.config import Experiment
+from proxymoe.common.files import digest_of
+from proxymoe.common.loss import Quality
+from proxymoe.common.model import compute_dtype
+from proxymoe.common.peft_format import export_peft
+from proxymoe.common.plan import Plan
+from proxymoe.server.extract import Extraction
+from proxymoe.server.journal import Journal
+from proxymoe.server.round import Federation, RoundReport, Transport, task_seed
+from proxymoe.simulations import worker
+from proxymoe.simulations.federate import (
+    Outcome,
+    federate,
+    federation_of,
+    pool_transports,
+)
+from proxymoe.simulations.pool import WorkerPool, result_of
+from proxymoe.simulations.site import VirtualDevice
+from proxymoe.simulations.world import World
+
+log = logging.getLogger(__name__)
+
+Stage = Callable[[str, int, int], None]
+"""Progress: told what is going on, how much of it is done, and of how much."""
+
+Federate = Callable[
+    [Federation, Callable[[int], Transport], Journal | None, Callable[[RoundReport], None]], Outcome
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A virtual device with its proxy submodel."""
+
+    device: VirtualDevice
+    extraction: Extraction
+
+    @property
+    def plan(self) -> Plan:
+        """The device's plan."""
+        return self.extraction.plan
+
+
+def run_experiment(
+    world: World, pool: WorkerPool, folder: Path, stage: Stage, run_rounds: Federate = federate
+) -> dict[str, Any]:
+    """Runs the experiment and returns its metrics; `folder` keeps rounds and the adapter."""
+    experiment, started = world.site.experiment, time.monotonic()
+    cuts = cut_all(world, stage)
+    plans = {cut.device.name: cut.plan for cut in cuts}
+
+    total = experiment.federation.rounds
+    federation = federation_of(pool, plans, experiment, run=experiment.digest[:32])
+    outcome = run_rounds(
+        federation,
+        pool_transports(pool, plans, measure=True),
+        Journal(folder),
+        lambda report: stage("federate", report.round, total),
+    )
+    adapter = outcome.state.adapter
+    export_peft(world.site.layout, adapter, folder / "adapter", experiment.base_model)
+
+    personal = personal_adapters(pool, cuts, adapter.numpy(), stage)
+    measured = measure(pool, cuts, adapter.numpy(), personal, stage)
+    devices = [
+        device_metrics(cut, measured[cut.device.name], outcome.reports, world) for cut in cuts
+    ]
+    return {
+        "experiment": experiment.name,
+        "base_model": {"name": experiment.base_model, "digest": world.base.digest},
+        "devices": devices,
+        "rounds": outcome.reports,
+        "summary": {
+            **summary(devices, adapter.numpy(), pool, experiment),
+            "wall_seconds": time.monotonic() - started,
+            "trained_parameters": world.site.layout.size,
+            "full_model_bytes": world.base.manifest(world.base.keep_all()).num_bytes,
+            "peak_rss_mb": peak_memory_mb(experiment.workers),
+        },
+        "environment": environment(experiment),
+    }
+
+
+def cut_all(world: World, stage: Stage) -> list[Cut]:
+    """Every device's proxy submodel under the experiment's settings."""
+    experiment, cuts = world.site.experiment, []
+    for device in world.site.devices:
+        cuts.append(Cut(device, world.cut(device, experiment.extract, experiment.seed)))
+        stage("extract", len(cuts), len(world.site.devices))
+    return cuts
+
+
+def personal_adapters(
+    pool: WorkerPool, cuts: list[Cut], adapter: np.ndarray, stage: Stage
+) -> dict[str, dict[str, worker.LocalRun]]:
+    """{device: {personal, local_only[, full_tuned]}}: adapters that never leave the device.
+
+    The personal adapter starts from the federated one; local-only tuning starts from nothing and
+    gets the same number of steps at its own best learning rate.
+    """
+    experiment = pool.site.experiment
+    settings = experiment.personal
+    if settings.steps == 0:
+        return {}
+    shape = {"steps": settings.steps, "decay": True, "optimizer": "adamw"}
+    shape |= {"warmup_steps": 2, "batch_size": settings.batch_size}
+    base = experiment.train.model_copy(update=shape)
+    gentle = base.model_copy(update={"learning_rate": settings.learning_rate})
+    alone = base.model_copy(update={"learning_rate": settings.local_learning_rate})
+    jobs: dict[tuple[str, str], Future[worker.LocalRun]] = {}
+    for cut in cuts:
+        name, seed = cut.device.name, task_seed(experiment.seed, 0, cut.device.name)
+        calls: dict[str, tuple[Any, ...]] = {
+            "personal": (name, cut.plan, adapter, gentle, seed),
+            "local_only": (name, cut.plan, None, alone, seed),
+        }
+        if experiment.evaluate.full_reference:
+            calls["full_tuned"] = (name, None, None, alone, seed)
+        for kind, call in calls.items():
+            jobs[name, kind] = pool.submit(worker.tune_locally, *call)
+    runs: dict[str, dict[str, worker.LocalRun]] = {}
+    for done, ((name, kind), future) in enumerate(jobs.items(), start=1):
+        runs.setdefault(name, {})[kind] = result_of(future)
+        stage("personalize", done, len(jobs))
+    return runs
+
+
+def measure(
+    pool: WorkerPool,
+    cuts: list[Cut],
+    adapter: np.ndarray,
+    personal: dict[str, dict[str, worker.LocalRun]],
+    stage: Stage,
+) -> dict[str, dict[str, Quality]]:
+    """Quality of everything, per device: on the full model unless the name says proxy."""
+    jobs: dict[tuple[str, str], Future[Quality]] = {}
+    for cut in cuts:
+        name, mine = cut.device.name, personal.get(cut.device.name, {})
+        calls: dict[str, tuple[Plan | None, np.ndarray | None]] = {
+            "base": (None, None),
+            "plugged": (None, adapter),
+        }
+        if pool.site.experiment.evaluate.proxies:
+            calls["proxy_untuned"] = (cut.plan, None)
+            calls["proxy_tuned"] = (cut.plan, adapter)
+        names = {"personal": "plugged_personal", "local_only": "local_only"}
+        for kind, run in mine.items():
+            calls[names.get(kind, kind)] = (None, run.vector)
+        for what, (plan, vector) in calls.items():
+            jobs[name, what] = pool.submit(worker.evaluate, name, plan, vector)
+    results: dict[str, dict[str, Quality]] = {}
+    for done, ((name, what), future) in enumerate(jobs.items(), start=1):
+        results.setdefault(name, {})[what] = result_of(future)
+        stage("measure", done, len(jobs))
+    return results
+
+
+def device_metrics(
+    cut: Cut, qualities: dict[str, Quality], reports: list[dict[str, Any]], world: World
+) -> dict[str, Any]:
+    """One device's entry in metrics.json; what was not measured is null."""
+    name = cut.device.name
+    names = ("base", "proxy_untuned", "proxy_tuned", "plugged", "plugged_personal")
+    table = {n: qualities.get(n) for n in (*names, "local_only", "full_tuned")}
+    full, base, plugged = table["full_tuned"], qualities["base"], qualities["plugged"]
+    first = reports[0] if reports else {"peak_rss_mb": {}}
+    return {
+        "name": name,
+        "domain": cut.device.domain,
+        "kept_fraction": cut.plan.kept_fraction,
+        "kept": {str(at): list(layer.kept) for at, layer in cut.plan.layers.items()},
+        "experts_per_layer": {str(at): n for at, n in world.base.num_experts.items()},
+        "bytes": cut.extraction.num_bytes,
+        **{n: None if q is None else asdict(q) for n, q in table.items()},
+        "recovered_gain": None if full is None else recovered(base, plugged, full),
+        "gap_nats": None if full is None else plugged.loss - full.loss,
+        "peak_rss_mb": first["peak_rss_mb"].get(name),
+        "seconds": sum(report["seconds"].get(name, 0.0) for report in reports),
+    }
+
+
+def recovered(base: Quality, plugged: Quality, full: Quality) -> float | None:
+    """(plugged − base) / (full − base) in accuracy; None where full tuning gained nothing."""
+    gain = full.accuracy - base.accuracy
+    return None if gain <= 0 else (plugged.accuracy - base.accuracy) / gain
+
+
+def summary(
+    devices: list[dict[str, Any]], adapter: np.ndarray, pool: WorkerPool, experiment: Experiment
+) -> dict[str, Any]:
+    """Means over devices, forgetting on public text, and the digest that names the adapter."""
+    means = {}
+    for what in ("base", "proxy_tuned", "plugged", "plugged_personal", "local_only", "full_tuned"):
+        found = [device[what] for device in devices if device[what] is not None]
+        if found:
+            means[what] = {k: float(np.mean([q[k] for q in found])) for k in ("accuracy", "loss")}
+    rows, length = experiment.evaluate.public_rows, experiment.train.max_tokens
+    before = pool.submit(worker.public_loss, None, rows, length)
+    after = pool.submit(worker.public_loss, adapter, rows, length)
+    return {
+        "mean": means,
+        "forgetting": forgetting(before.result(), after.result()),
+        "adapter_digest": digest_of(np.ascontiguousarray(adapter, dtype="<f4").tobytes()),
+    }
+
+
+def forgetting(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
+    """Public domains' loss with the adapter plugged back, minus the base model's, in nats."""
+    each = {domain: after[domain] - before[domain] for domain in before}
+    return {"by_domain": each, "mean": float(np.mean(list(each.values())))}
+
+
+def peak_memory_mb(workers: int) -> float:
+    """High-water mark of this process plus that of its largest child for each worker, MB.
+
+    An upper bound of what was in use at once: file pages shared by processes count in each.
+    """
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return (own + workers * child) * 1024 / 1e6
+
+
+def environment(experiment: Experiment) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    packages = ("proxymoe", "torch", "transformers", "peft", "flwr")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu": torch.cpu.get_capabilities().get("cpu_name"),
+        "workers": experiment.workers,
+        "dtype": str(compute_dtype(experiment.train.dtype)).removeprefix("torch."),
+        "packages": {name: version(name) for name in packages},
+    }

@@ -1,0 +1,232 @@
+"""What a worker process of the simulation does; the same client code as a real device.
+
+A worker keeps one full model, mapped from disk. A virtual device is *mounted* on it: the kept
+experts' weights are selected, trunk and router are shared. Mounted and materialised submodels
+compute the same bits (a test holds them to it), and memory does not grow with devices.
+"""
+
+import signal
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from proxymoe.client.personalize import Device, personalize
+from proxymoe.client.train import tune
+from proxymoe.common.attach import AttachedAdapter
+from proxymoe.common.checkpoint import read_tensors
+from proxymoe.common.config import TrainSettings
+from proxymoe.common.errors import PlanError
+from proxymoe.common.experts import Redirect, expert_state
+from proxymoe.common.loss import Quality, token_quality
+from proxymoe.common.measure import peak_rss_mb
+from proxymoe.common.model import OFFSETS_FILE, LoadedModel, compute_dtype, load
+from proxymoe.common.moe import moe_layers
+from proxymoe.common.plan import Others, Plan, RouterMode
+from proxymoe.common.text import Example, sequential_batches
+from proxymoe.server.profile import profile_domain, save_domain
+from proxymoe.simulations.ranking import ranked_quality
+from proxymoe.simulations.site import (
+    Site,
+    VirtualDevice,
+    answers,
+    asset,
+    device_examples,
+    public_examples,
+)
+
+EVALUATION_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRun:
+    """A local tuning run that sends nothing."""
+
+    vector: np.ndarray
+    seconds: float
+    peak_rss_mb: float
+
+
+class Worker:
+    """One process's models and data."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.full = load(site.full, compute_dtype(site.experiment.train.dtype))
+        self._weights = {
+            layer.position: dict(layer.experts.named_parameters(recurse=False))
+            for layer in moe_layers(self.full.model)
+        }
+        self._sliced: tuple[str, LoadedModel] | None = None
+        self.examples = lru_cache(maxsize=None)(self._examples)
+        self.candidates = lru_cache(maxsize=None)(self._candidates)
+        self.public = lru_cache(maxsize=None)(self._public)
+
+    def mounted(self, plan: Plan | None) -> LoadedModel:
+        """The submodel of a plan, valid until the next call; None is the full model."""
+        if plan is not None and plan.router is RouterMode.SLICED:
+            if self._sliced is None or self._sliced[0] != plan.digest:
+                self._sliced = (plan.digest, load(self.site.submodels / plan.digest))
+            return self._sliced[1]
+        offsets: dict[str, Tensor] = {}
+        if plan is not None and plan.others is Others.MEAN:
+            offsets = read_tensors(self.site.submodels / plan.digest / OFFSETS_FILE)
+        for layer in moe_layers(self.full.model):
+            weights, state = self._weights[layer.position], expert_state(layer.experts)
+            if plan is None or plan.keeps_all:
+                state.redirect = None
+            else:
+                planned = plan.layers[layer.position]
+                kept = torch.tensor(planned.kept)
+                weights = {
+                    n: nn.Parameter(w[kept], requires_grad=False) for n, w in weights.items()
+                }
+                offset = offsets.get(str(layer.position))
+                state.redirect = Redirect(torch.tensor(planned.slots()), offset)
+            for name, weight in weights.items():
+                layer.experts.register_parameter(name, weight)
+        return LoadedModel(self.full.model, self.full.tokenizer, plan or self.full.plan)
+
+    def _examples(self, name: str, split: str) -> tuple[Example, ...]:
+        device = self.site.device(name)
+        return device_examples(device, split, self.full.tokenizer, self.site.experiment)
+
+    def _candidates(self, names: tuple[str, ...]) -> list[tuple[int, ...]]:
+        return answers(tuple(self.site.device(name) for name in names), self.full.tokenizer)
+
+    def _public(self, domain: str, max_rows: int, max_tokens: int) -> tuple[Example, ...]:
+        path = asset(self.site.experiment.calibration) / f"{domain}.jsonl"
+        # From the end: profiling reads from the start.
+        return public_examples(path, self.full.tokenizer, max_tokens)[-max_rows:]
+
+
+_worker: Worker | None = None
+
+
+def start(site: Site) -> None:
+    """Makes this process a worker; interrupts are the parent's business."""
+    global _worker  # noqa: PLW0603  a worker process has exactly one worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    _worker = Worker(site)
+
+
+def here() -> Worker:
+    """This process's worker."""
+    assert _worker is not None, "start() has not run in this process"
+    return _worker
+
+
+def profile(domain: str, folder: Path) -> int:
+    """Profiles one public domain with the full model; returns the tokens seen."""
+    worker, experiment = here(), here().site.experiment
+    path = asset(experiment.calibration) / f"{domain}.jsonl"
+    examples = public_examples(path, worker.full.tokenizer, experiment.train.max_tokens)
+    loaded = worker.mounted(None)
+    statistics, num_tokens = profile_domain(loaded, examples, experiment.calibration_tokens)
+    save_domain(folder / f"{domain}.safetensors", worker.site.base, statistics, num_tokens)
+    return num_tokens
+
+
+def answer(name: str, plan: Plan, task: bytes) -> bytes:
+    """A virtual device's answer to a training task."""
+    worker = here()
+    return personalize(_device(worker, name, plan, worker.mounted(plan)), task)
+
+
+def answer_alone(site: Site, name: str, plan: Plan, task: bytes) -> bytes:
+    """The same in a process of its own, from the materialised submodel: memory as on a device."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    loaded = load(site.submodels / plan.digest, compute_dtype(site.experiment.train.dtype))
+    device = site.device(name)
+    examples = device_examples(device, "train", loaded.tokenizer, site.experiment)
+    return personalize(Device(name, loaded, site.layout.held_under(plan), examples), task)
+
+
+def tune_locally(
+    name: str, plan: Plan | None, begin: np.ndarray | None, settings: TrainSettings, seed: int
+) -> LocalRun:
+    """Tunes on the device's data from `begin` (full layout; None: zeros); nothing is sent.
+
+    The result is in the full layout too, with zeros where the device holds no block.
+    """
+    worker, started = here(), time.monotonic()
+    full = worker.site.layout
+    loaded = worker.mounted(plan)
+    layout = full.held_under(loaded.plan)
+    origin = full.zeros() if begin is None else torch.from_numpy(begin)
+    held = layout.take_from(full, origin)
+    rng = np.random.default_rng(seed)
+    tuned = tune(loaded, layout, held, worker.examples(name, "train"), settings, rng)
+    result = origin.clone()
+    for block, begin_at, end_at in layout.positions_in(full):
+        result[full.bounds[block] : full.bounds[block + 1]] = tuned.vector[begin_at:end_at]
+    return LocalRun(result.numpy(), time.monotonic() - started, peak_rss_mb())
+
+
+def evaluate(
+    name: str,
+    plan: Plan | None,
+    vector: np.ndarray | None,
+    among: Literal["own", "all"] = "own",
+) -> Quality:
+    """Quality on the device's test rows, with an adapter of the full layout or none.
+
+    Answers are ranked among the device's own or among those of all answering devices.
+    """
+    worker = here()
+    loaded = worker.mounted(plan)
+    layout = worker.site.layout.held_under(loaded.plan)
+    examples = worker.examples(name, "test")
+    with AttachedAdapter(loaded.model, layout) as adapter:
+        if vector is not None:
+            adapter.bind(layout.take_from(worker.site.layout, torch.from_numpy(vector)))
+        if not worker.site.device(name).answers:
+            return token_quality(loaded.model, sequential_batches(examples, EVALUATION_BATCH))
+        everyone = tuple(d.name for d in worker.site.devices if d.answers)
+        return ranked_quality(
+            loaded, examples, worker.candidates((name,) if among == "own" else everyone)
+        )
+
+
+def public_loss(vector: np.ndarray | None, max_rows: int, max_tokens: int) -> dict[str, float]:
+    """{public domain: loss} of the full model with an adapter; for canary and forgetting."""
+    worker = here()
+    loaded, losses = worker.mounted(None), dict[str, float]()
+    with AttachedAdapter(loaded.model, worker.site.layout) as adapter:
+        if vector is not None:
+            adapter.bind(torch.from_numpy(vector))
+        for domain in worker.site.experiment.evaluate.public_domains:
+            examples = worker.public(domain, max_rows, max_tokens)
+            batches = sequential_batches(examples, EVALUATION_BATCH)
+            losses[domain] = token_quality(loaded.model, batches).loss
+    return losses
+
+
+def _device(worker: Worker, name: str, plan: Plan, loaded: LoadedModel) -> Device:
+    if plan.base != worker.site.base:
+        raise PlanError(
+            f"plan for base model {plan.base[:12]}, the site has {worker.site.base[:12]}"
+        )
+    layout = worker.site.layout.held_under(plan)
+    return Device(name, loaded, layout, worker.examples(name, "train"))
+
+
+__all__ = [
+    "LocalRun",
+    "VirtualDevice",
+    "answer",
+    "answer_alone",
+    "evaluate",
+    "here",
+    "profile",
+    "public_loss",
+    "start",
+    "tune_locally",
+]
