@@ -103,6 +103,8 @@ class FederationSettings(Section):
     epsilon: float = Field(default=1e-3, gt=0)
     final_rate: float = Field(default=0.1, gt=0, le=1)
     """The devices' learning rate falls linearly over the rounds to this share of itself."""
+    server_final_rate: float = Field(default=1.0, gt=0, le=1)
+    """The same for the server's learning rate."""
     clip_norm: float = Field(default=30.0, gt=0)
     """Largest L2 norm of one device's update; longer ones are scaled down on the device."""
     canary_tolerance: float = Field(default=3.0, gt=0)
@@ -133,18 +135,33 @@ class EvaluateSettings(Section):
     """Whether each device is also tuned alone with the full model, for recovered gain."""
 
 
+class Mode(Section):
+    """One way to cut proxy submodels, as a row of the comparison."""
+
+    saliency: Saliency
+    router: RouterMode = RouterMode.FULL
+    others: Others = Others.DROP
+    allocation: Allocation = Allocation.GLOBAL
+
+    @property
+    def name(self) -> str:
+        """What happens to experts that are not kept: `drop`, `mean`, or `prune`."""
+        return "prune" if self.router is RouterMode.SLICED else self.others.value
+
+
 class CompareSettings(Section):
-    """The table that shows whether the idea works; empty lists switch it off."""
+    """The table that shows whether the idea works; without seeds there is none."""
 
     seeds: tuple[int, ...] = ()
+    modes: tuple[Mode, ...] = ()
     single_devices: tuple[str, ...] = ()
-    single_steps: int = Field(default=120, ge=1)
-    single_batch_size: int = Field(default=16, ge=1)
-    kept_fractions: tuple[float, ...] = ()
-    modes: tuple[str, ...] = ()
-    """Each `saliency/others` or `saliency/prune`, for example `energy/drop`, `reap/prune`."""
-    federated_modes: tuple[str, ...] = ()
-    federated_fraction: float = Field(default=0.25, gt=0, le=1)
+    """Devices that are tuned alone, with every mode and kept fraction."""
+    single_fractions: tuple[float, ...] = (0.25, 0.125)
+    single_train: dict[str, TrainSettings] = Field(default_factory=dict)
+    """How each of them is tuned."""
+    federated_modes: tuple[Mode, ...] = ()
+    federated_devices: tuple[str, ...] = ()
+    """Devices that are federated, with these modes at the experiment's kept fraction."""
 
 
 class Experiment(Section):

@@ -155,8 +155,16 @@ def slice_router(layer: MoELayer, num_kept: int) -> None:
 
     Group-limited routing needs equal groups, which an arbitrary kept set does not have, so the
     groups are merged into one. Top-k is clamped to the rows left.
+
+    Raises:
+        UnsupportedModel: one row left for a group-limited router, which ranks groups by two.
     """
     num_routed, top_k = layer.num_routed, min(layer.top_k, num_kept)
+    if num_kept < 2 and any(hasattr(m, "topk_group") for m in (layer.router, layer.block)):
+        raise UnsupportedModel(
+            f"{layer.name}: a sliced group-limited router needs at least 2 kept experts, "
+            f"got {num_kept}; keep more, or set router = 'full'"
+        )
     for name, dim in layer.router_tensors().items():
         path, _, leaf = name.rpartition(".")
         owner = layer.block.get_submodule(path)

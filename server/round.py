@@ -127,7 +127,11 @@ def run_round(
     total = summation.sum()
     mean = total.mean(federation.layout)
     strategy_state, candidate = strategy.apply(
-        state.strategy, state.adapter, mean, federation.settings
+        state.strategy,
+        state.adapter,
+        mean,
+        federation.settings,
+        rate=_decay(federation.settings, federation.settings.server_final_rate, number),
     )
     canary_loss = federation.canary(candidate)
     committed = bool(np.isfinite(canary_loss)) and canary_loss <= federation.canary_limit
@@ -162,8 +166,7 @@ def task_seed(seed: int, number: int, device: str) -> int:
 
 def _task(federation: Federation, state: FederationState, name: str, number: int) -> bytes:
     member, settings = federation.members[name], federation.settings
-    progress = (number - 1) / max(1, settings.rounds - 1)
-    rate = 1.0 - (1.0 - settings.final_rate) * min(1.0, progress)
+    rate = _decay(settings, settings.final_rate, number)
     train = federation.train.model_copy(
         update={"learning_rate": federation.train.learning_rate * rate}
     )
@@ -179,6 +182,11 @@ def _task(federation: Federation, state: FederationState, name: str, number: int
         seed=task_seed(federation.seed, number, name),
     )
     return encode(task, member.layout.take_from(federation.layout, state.adapter).numpy())
+
+
+def _decay(settings: FederationSettings, final: float, number: int) -> float:
+    progress = (number - 1) / max(1, settings.rounds - 1)
+    return 1.0 - (1.0 - final) * min(1.0, progress)
 
 
 def _checked(

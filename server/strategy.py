@@ -26,16 +26,21 @@ def init(size: int) -> StrategyState:
 
 
 def apply(
-    state: StrategyState, adapter: Tensor, mean_update: Tensor, settings: FederationSettings
+    state: StrategyState,
+    adapter: Tensor,
+    mean_update: Tensor,
+    settings: FederationSettings,
+    rate: float = 1.0,
 ) -> tuple[StrategyState, Tensor]:
-    """The next state and the next adapter (P,).
+    """The next state and the next adapter (P,); `rate` scales the server's learning rate.
 
     Blocks that nobody held have a zero mean update; with momentum they coast, without they rest.
     """
+    learning_rate = rate * settings.server_learning_rate
     momentum = settings.momentum * state.momentum + (1.0 - settings.momentum) * mean_update
     if settings.strategy == "fedavg":
-        step = settings.server_learning_rate * momentum
+        step = learning_rate * momentum
         return StrategyState(momentum, state.variance), adapter + step
     variance = settings.beta2 * state.variance + (1.0 - settings.beta2) * mean_update.square()
-    step = settings.server_learning_rate * momentum / (variance.sqrt() + settings.epsilon)
+    step = learning_rate * momentum / (variance.sqrt() + settings.epsilon)
     return StrategyState(momentum, variance), adapter + step

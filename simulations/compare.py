@@ -1,0 +1,343 @@
+"""The table that shows whether the idea works: every mode at equal bytes, judged plugged back.
+
+Each cell tunes on a submodel (or the full model), plugs the adapter into the full model, and is
+measured there; the tuned submodel alone and the loss on public text stand beside it, because a
+good proxy can hide a bad return. Cells are kept as files, so an interrupted comparison goes on.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from proxymoe.common.adapter import adapter_layout
+from proxymoe.common.config import Experiment, ExtractSettings, Mode, TrainSettings
+from proxymoe.common.files import write_json
+from proxymoe.common.loss import Quality
+from proxymoe.common.plan import Plan
+from proxymoe.server.journal import Journal
+from proxymoe.server.round import RoundReport, task_seed
+from proxymoe.simulations import worker
+from proxymoe.simulations.federate import federate, federation_of, pool_transports
+from proxymoe.simulations.pool import WorkerPool, result_of
+from proxymoe.simulations.run import Stage, environment, forgetting, peak_memory_mb
+from proxymoe.simulations.site import Site
+from proxymoe.simulations.world import World
+
+log = logging.getLogger(__name__)
+
+Cell = dict[str, Any]
+"""One measurement: setting, mode, router, saliency, kept_fraction, seed, device, and qualities."""
+
+FULL: Cell = {"mode": "full", "router": None, "saliency": None, "kept_fraction": 1.0}
+LOCAL: Cell = {"mode": "local_only", "router": None, "saliency": None}
+
+
+def run_comparison(world: World, folder: Path, stage: Stage) -> dict[str, Any]:
+    """Runs every cell that is not in `folder` yet and returns the metrics of them all."""
+    experiment = world.site.experiment
+    cells: list[Cell] = []
+    for number, seed in enumerate(experiment.compare.seeds):
+        site = _seeded(world, seed)
+        with WorkerPool(site, experiment.workers) as pool:
+            seeded = dataclasses.replace(world, site=site)
+            keep = _Keeper(folder / "cells" / f"seed-{seed}")
+            prefix = f"seed {seed}"
+            cells += _single_cells(seeded, pool, keep, partial(stage, f"{prefix} single"))
+            cells += _federated_cells(
+                seeded, pool, keep, folder / "federations" / f"seed-{seed}", prefix, stage
+            )
+        stage("seeds", number + 1, len(experiment.compare.seeds))
+    full_bytes = world.base.manifest(world.base.keep_all()).num_bytes
+    return {
+        "experiment": experiment.name,
+        "base_model": {"name": experiment.base_model, "digest": world.base.digest},
+        "devices": [],
+        "rounds": [],
+        "cells": cells,
+        "summary": {
+            "comparison": comparison(cells),
+            "full_model_bytes": full_bytes,
+            "peak_rss_mb": peak_memory_mb(experiment.workers),
+        },
+        "environment": environment(experiment),
+    }
+
+
+def comparison(cells: list[Cell]) -> list[dict[str, Any]]:
+    """One row per setting, kept fraction and mode: means over devices and seeds.
+
+    Standard errors are those of the mean over seeds; they are null for a single seed.
+    """
+    keys = ("setting", "kept_fraction", "mode", "router", "saliency")
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(cell[key] for key in keys), []).append(cell)
+    full = {(c["setting"], c["seed"], c["device"]): c for c in cells if c["mode"] == "full"}
+    rows = []
+    for key, group in groups.items():
+        matched = [(c, full[c["setting"], c["seed"], c["device"]]) for c in group]
+        rows.append(dict(zip(keys, key, strict=True)) | _row(matched))
+    order = {"single": 0, "federated": 1}
+    return sorted(rows, key=lambda r: (order[r["setting"]], -r["kept_fraction"], r["loss"]))
+
+
+def _row(matched: list[tuple[Cell, Cell]]) -> dict[str, Any]:
+    columns: dict[str, Callable[[Cell, Cell], float | None]] = {
+        "accuracy": lambda cell, _: cell["plugged"]["accuracy"],
+        "loss": lambda cell, _: cell["plugged"]["loss"],
+        "gap_nats": lambda cell, full: cell["plugged"]["loss"] - full["plugged"]["loss"],
+        "proxy_alone_accuracy": lambda cell, _: cell["alone"] and cell["alone"]["accuracy"],
+        "proxy_alone_loss": lambda cell, _: cell["alone"] and cell["alone"]["loss"],
+        "forgetting": lambda cell, _: cell["forgetting"],
+        "accuracy_all": lambda cell, _: cell["plugged_all"] and cell["plugged_all"]["accuracy"],
+    }
+    row: dict[str, Any] = {"stderr": {}}
+    for name, value_of in columns.items():
+        row[name], row["stderr"][name] = _over_seeds(
+            (cell["seed"], value_of(cell, full)) for cell, full in matched
+        )
+    row["recovered_gain"] = _recovered(matched, "accuracy", "plugged")
+    row["recovered_gain_loss"] = _recovered(matched, "loss", "plugged")
+    row["recovered_gain_all"] = _recovered(matched, "accuracy", "plugged_all")
+    row["seeds"] = len({cell["seed"] for cell, _ in matched})
+    row["bytes"] = float(np.mean([cell["bytes"] for cell, _ in matched]))
+    row["devices"] = {
+        name: {
+            "accuracy": float(np.mean([c["plugged"]["accuracy"] for c, _ in mine])),
+            "loss": float(np.mean([c["plugged"]["loss"] for c, _ in mine])),
+            "gap_nats": float(
+                np.mean([c["plugged"]["loss"] - f["plugged"]["loss"] for c, f in mine])
+            ),
+            "recovered_gain": _recovered(mine, "accuracy", "plugged"),
+            "recovered_gain_loss": _recovered(mine, "loss", "plugged"),
+        }
+        for name in dict.fromkeys(cell["device"] for cell, _ in matched)
+        if (mine := [(c, f) for c, f in matched if c["device"] == name])
+    }
+    return row
+
+
+def _over_seeds(values: Iterable[tuple[int, float | None]]) -> tuple[float | None, float | None]:
+    by_seed: dict[int, list[float]] = {}
+    for seed, value in values:
+        if value is not None:
+            by_seed.setdefault(seed, []).append(value)
+    if not by_seed:
+        return None, None
+    means = [float(np.mean(group)) for group in by_seed.values()]
+    error = None if len(means) < 2 else float(np.std(means, ddof=1) / np.sqrt(len(means)))
+    return float(np.mean(means)), error
+
+
+def _recovered(
+    matched: list[tuple[Cell, Cell]],
+    key: Literal["accuracy", "loss"],
+    what: Literal["plugged", "plugged_all"],
+) -> float | None:
+    """(plugged − base) / (full − base) of the means; None if full tuning gained nothing."""
+    base_of = "base" if what == "plugged" else "base_all"
+    used = [(c, f) for c, f in matched if c[what] and f[what] and c[base_of]]
+    if not used:
+        return None
+    base = np.mean([c[base_of][key] for c, _ in used])
+    gain = np.mean([c[what][key] for c, _ in used]) - base
+    possible = np.mean([f[what][key] for _, f in used]) - base
+    if possible == 0 or (possible > 0) != (key == "accuracy"):
+        return None
+    return float(gain / possible)
+
+
+class _Keeper:
+    """Cells on disk, one file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, key: str) -> Cell | None:
+        path = self._folder / f"{key}.json"
+        return json.loads(path.read_bytes()) if path.exists() else None
+
+    def put(self, key: str, cell: Cell) -> Cell:
+        write_json(self._folder / f"{key}.json", cell)
+        return cell
+
+
+def _seeded(world: World, seed: int) -> Site:
+    experiment = world.site.experiment.model_copy(update={"seed": seed})
+    adapter = experiment.adapter
+    layout = adapter_layout(world.base.skeleton, adapter.targets, adapter.rank, seed)
+    return dataclasses.replace(world.site, experiment=experiment, layout=layout)
+
+
+def _settings(mode: Mode, fraction: float, extract: ExtractSettings) -> ExtractSettings:
+    return extract.model_copy(
+        update={
+            "kept_fraction": fraction,
+            "saliency": mode.saliency,
+            "router": mode.router,
+            "others": mode.others,
+            "allocation": mode.allocation,
+        }
+    )
+
+
+def _labels(mode: Mode, fraction: float) -> Cell:
+    return {
+        "mode": mode.name,
+        "router": mode.router.value,
+        "saliency": mode.saliency.value,
+        "kept_fraction": fraction,
+    }
+
+
+def _single_cells(
+    world: World, pool: WorkerPool, keep: _Keeper, stage: Callable[[int, int], None]
+) -> list[Cell]:
+    experiment = world.site.experiment
+    full_bytes = world.base.manifest(world.base.keep_all()).num_bytes
+    jobs: dict[str, tuple[Cell, str, Plan | None]] = {}
+    for name in experiment.compare.single_devices:
+        jobs[f"{name}-full"] = (FULL | {"bytes": full_bytes}, name, None)
+        for fraction in experiment.compare.single_fractions:
+            for mode in experiment.compare.modes:
+                settings = _settings(mode, fraction, experiment.extract)
+                cut = world.cut(world.site.device(name), settings, experiment.seed)
+                key = f"{name}-{fraction}-{mode.saliency}-{mode.name}-{mode.allocation}"
+                jobs[key] = (_labels(mode, fraction) | {"bytes": cut.num_bytes}, name, cut.plan)
+    pending = {}
+    cells: list[Cell] = []
+    for key, (labels, name, plan) in jobs.items():
+        if (done := keep.get(key)) is not None:
+            cells.append(done)
+            continue
+        train = experiment.compare.single_train.get(name, experiment.train)
+        call = (name, plan, train, task_seed(experiment.seed, 0, name))
+        pending[key] = (labels, name, pool.submit(single_cell, *call))
+    stage(len(cells), len(jobs))
+    for key, (labels, name, future) in pending.items():
+        cell = labels | {"setting": "single", "seed": experiment.seed, "device": name}
+        cells.append(keep.put(key, cell | result_of(future)))
+        stage(len(cells), len(jobs))
+    return cells
+
+
+def single_cell(name: str, plan: Plan | None, train: TrainSettings, seed: int) -> Cell:
+    """A worker's job: tune one device alone, then measure proxy alone, plugged, and forgetting."""
+    tuned = worker.tune_locally(name, plan, None, train, seed)
+    alone = None if plan is None else worker.evaluate(name, plan, tuned.vector)
+    return _qualities(
+        base=worker.evaluate(name, None, None),
+        untuned=None if plan is None else worker.evaluate(name, plan, None),
+        alone=alone,
+        plugged=worker.evaluate(name, None, tuned.vector),
+    ) | {
+        "forgetting": _forgetting(tuned.vector),
+        "seconds": tuned.seconds,
+        "peak_rss_mb": tuned.peak_rss_mb,
+        "plugged_all": None,
+        "base_all": None,
+    }
+
+
+def _forgetting(vector: np.ndarray) -> float:
+    experiment = worker.here().site.experiment
+    rows, length = experiment.evaluate.public_rows, experiment.train.max_tokens
+    before = worker.public_loss(None, rows, length)
+    mean = forgetting(before, worker.public_loss(vector, rows, length))["mean"]
+    return float(mean)
+
+
+def _federated_cells(
+    world: World, pool: WorkerPool, keep: _Keeper, folder: Path, prefix: str, stage: Stage
+) -> list[Cell]:
+    experiment = world.site.experiment
+    if not experiment.compare.federated_devices:
+        return []
+    names = experiment.compare.federated_devices
+    fraction = experiment.extract.kept_fraction
+    cells: list[Cell] = []
+    variants: list[tuple[str, Cell, Mode | None]] = [("full", FULL, None)]
+    for mode in experiment.compare.federated_modes:
+        key = f"{mode.saliency}-{mode.name}-{mode.allocation}"
+        variants.append((key, _labels(mode, fraction), mode))
+    for key, labels, how in variants:
+        plans, num_bytes = _plans(world, names, how, fraction)
+        federation = federation_of(pool, plans, experiment, run=f"{key}-{experiment.digest[:16]}")
+        todo = [n for n in names if keep.get(f"federated-{key}-{n}") is None]
+        if todo:
+            total = experiment.federation.rounds
+            title = f"{prefix} {labels['saliency'] or 'full'}/{labels['mode']}"
+            outcome = federate(
+                federation,
+                pool_transports(pool, plans, measure=False),
+                Journal(folder / key),
+                partial(_round_done, stage, title, total),
+            )
+            calls = [(n, plans[n], outcome.state.adapter.numpy()) for n in todo]
+            for name, result in zip(todo, pool.map(plugged_cell, calls), strict=True):
+                cell = labels | {"setting": "federated", "seed": experiment.seed, "device": name}
+                keep.put(f"federated-{key}-{name}", cell | {"bytes": num_bytes} | result)
+        cells += [found for n in names if (found := keep.get(f"federated-{key}-{n}"))]
+    return cells + _local_cells(world, pool, keep, names, experiment)
+
+
+def _round_done(stage: Stage, title: str, total: int, report: RoundReport) -> None:
+    stage(title, report.round, total)
+
+
+def _plans(
+    world: World, names: tuple[str, ...], mode: Mode | None, fraction: float
+) -> tuple[dict[str, Plan], float]:
+    experiment = world.site.experiment
+    if mode is None:
+        plan = world.base.keep_all()
+        return dict.fromkeys(names, plan), world.base.manifest(plan).num_bytes
+    settings = _settings(mode, fraction, experiment.extract)
+    cuts = {n: world.cut(world.site.device(n), settings, experiment.seed) for n in names}
+    plans = {name: cut.plan for name, cut in cuts.items()}
+    return plans, float(np.mean([cut.num_bytes for cut in cuts.values()]))
+
+
+def plugged_cell(name: str, plan: Plan, vector: np.ndarray) -> Cell:
+    """A worker's job: measures a federated adapter on one device's test rows."""
+    whole = plan.keeps_all
+    return _qualities(
+        base=worker.evaluate(name, None, None),
+        base_all=worker.evaluate(name, None, None, "all"),
+        alone=None if whole else worker.evaluate(name, plan, vector),
+        plugged=worker.evaluate(name, None, vector),
+        plugged_all=worker.evaluate(name, None, vector, "all"),
+    ) | {"forgetting": _forgetting(vector)}
+
+
+def _local_cells(
+    world: World, pool: WorkerPool, keep: _Keeper, names: tuple[str, ...], experiment: Experiment
+) -> list[Cell]:
+    """Every device alone on its proxy, with as many local steps as the federation took."""
+    steps = experiment.federation.rounds * experiment.train.steps
+    shape = {"steps": steps, "optimizer": "adamw", "decay": True}
+    shape |= {"learning_rate": experiment.personal.local_learning_rate, "warmup_steps": 10}
+    train = experiment.train.model_copy(update=shape)
+    cells, pending = [], {}
+    for name in names:
+        cut = world.cut(world.site.device(name), experiment.extract, experiment.seed)
+        labels = LOCAL | {"kept_fraction": experiment.extract.kept_fraction, "bytes": cut.num_bytes}
+        labels |= {"setting": "federated", "seed": experiment.seed, "device": name}
+        if (done := keep.get(f"local-{name}")) is not None:
+            cells.append(done)
+            continue
+        seed = task_seed(experiment.seed, 0, name)
+        pending[name] = (labels, pool.submit(single_cell, name, cut.plan, train, seed))
+    for name, (labels, future) in pending.items():
+        cells.append(keep.put(f"local-{name}", labels | result_of(future)))
+    return cells
+
+
+def _qualities(**found: Quality | None) -> Cell:
+    return {name: None if q is None else dataclasses.asdict(q) for name, q in found.items()}

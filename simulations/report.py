@@ -1,0 +1,119 @@
+"""What a run shows at its end: a table on the terminal and metrics.json."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from proxymoe.common.files import write_json
+
+COLUMNS = {
+    "base": "base",
+    "proxy_untuned": "proxy\nuntuned",
+    "proxy_tuned": "proxy\nfederated",
+    "plugged": "full model\nplugged",
+    "local_only": "local\nonly",
+    "plugged_personal": "plugged +\npersonal",
+    "full_tuned": "full model\nalone",
+}
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> Path:
+    """Writes metrics.json and returns its path."""
+    path = folder / "metrics.json"
+    write_json(path, metrics)
+    return path
+
+
+def show(metrics: dict[str, Any], console: Console) -> None:
+    """Prints accuracy and loss per device, and what the whole cost."""
+    if metrics["summary"].get("comparison"):
+        show_comparison(metrics, console)
+        return
+    devices = metrics["devices"]
+    shown = {key: title for key, title in COLUMNS.items() if any(d[key] for d in devices)}
+    table = Table(title=f"{metrics['experiment']}: accuracy (loss in nats per token)")
+    table.add_column("device")
+    table.add_column("experts\nkept", justify="right")
+    table.add_column("MB", justify="right")
+    for title in shown.values():
+        table.add_column(title, justify="right")
+    table.add_column("peak\nMB", justify="right")
+    for device in devices:
+        peak = device["peak_rss_mb"]
+        table.add_row(
+            device["name"],
+            f"{device['kept_fraction']:.0%}",
+            f"{device['bytes'] / 1e6:.1f}",
+            *(_quality(device[key]) for key in shown),
+            "" if peak is None else f"{peak:.0f}",
+        )
+    mean = metrics["summary"]["mean"]
+    table.add_section()
+    table.add_row("mean", "", "", *(_quality(mean.get(key)) for key in shown), "", style="bold")
+    console.print(table)
+    summary = metrics["summary"]
+    rounds = metrics["rounds"]
+    sent = sum(r["uplink_bytes"] for r in rounds) / max(1, len(rounds) * len(devices))
+    console.print(
+        f"{len(rounds)} rounds in {summary['wall_seconds']:.0f} s, "
+        f"{sent / 1e6:.2f} MB sent per device and round, "
+        f"{summary['trained_parameters']:,} trained parameters, "
+        f"peak memory {summary['peak_rss_mb']:.0f} MB; "
+        f"public text lost {summary['forgetting']['mean']:.2f} nats"
+    )
+
+
+def show_comparison(metrics: dict[str, Any], console: Console) -> None:
+    """Prints the table of `compare.toml`: who recovers how much of full-model tuning."""
+    for setting in ("single", "federated"):
+        rows = [r for r in metrics["summary"]["comparison"] if r["setting"] == setting]
+        if not rows:
+            continue
+        table = Table(title=f"{metrics['experiment']}, {setting}: plugged back into the full model")
+        for title in ("mode", "router", "kept", "MB", "accuracy", "loss"):
+            table.add_column(title, justify="left" if title in ("mode", "router") else "right")
+        for title in (
+            "gap to full\n(nats)",
+            "recovered\ngain",
+            "proxy\nalone",
+            "forgetting\n(nats)",
+        ):
+            table.add_column(title, justify="right")
+        if any(row.get("accuracy_all") is not None for row in rows):
+            table.add_column("150-way\naccuracy", justify="right")
+        for row in rows:
+            table.add_row(*comparison_cells(row, len(table.columns)))
+        console.print(table)
+
+
+def comparison_cells(row: dict[str, Any], width: int) -> list[str]:
+    """The printed cells of one row of the comparison."""
+    stderr = row["stderr"]
+
+    def with_error(key: str, digits: int) -> str:
+        value = row.get(key)
+        if value is None:
+            return "–"
+        error = stderr.get(key)
+        return f"{value:.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
+
+    cells = [
+        f"{row['saliency']}/{row['mode']}" if row["saliency"] else row["mode"],
+        row["router"] or "–",
+        f"{row['kept_fraction']:.1%}",
+        f"{row['bytes'] / 1e6:.1f}",
+        with_error("accuracy", 3),
+        with_error("loss", 3),
+        with_error("gap_nats", 3),
+        "–" if row["recovered_gain"] is None else f"{row['recovered_gain']:.1%}",
+        with_error("proxy_alone_loss", 3),
+        with_error("forgetting", 2),
+        with_error("accuracy_all", 3),
+    ]
+    return cells[:width]
+
+
+def _quality(value: dict[str, float] | None) -> str:
+    return "–" if value is None else f"{value['accuracy']:.3f} ({value['loss']:.2f})"

@@ -1,0 +1,49 @@
+"""One invocation of the simulator: open the site, run, write the results, show them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
+
+from proxymoe.common.config import Experiment
+from proxymoe.simulations.compare import run_comparison
+from proxymoe.simulations.plots import write_plots
+from proxymoe.simulations.pool import WorkerPool
+from proxymoe.simulations.report import show, write_metrics
+from proxymoe.simulations.run import Stage, run_experiment
+from proxymoe.simulations.world import World, open_site, profile_base
+
+
+def run(
+    experiment: Experiment, folder: Path, cache: Path, console: Console, *, over_flower: bool
+) -> None:
+    """Runs an experiment, or goes on with one; metrics, plots and adapter end up in `folder`."""
+    console.print(f"[bold]{experiment.name}[/] → {folder}", highlight=False)
+    site, base = open_site(experiment, cache)
+    with _progress(console) as stage, WorkerPool(site, experiment.workers) as pool:
+        world = World(site, base, profile_base(pool, base, cache, stage))
+        if experiment.compare.seeds:
+            metrics = run_comparison(world, folder, stage)
+        else:
+            metrics = run_experiment(world, pool, folder, stage)
+    path = write_metrics(folder, metrics)
+    plots = write_plots(folder / "plots", metrics)
+    show(metrics, console)
+    for result in (path, *plots):
+        console.print(f"  {result}", highlight=False)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Stage]:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def stage(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=total)
+            progress.update(tasks[name], completed=done)
+
+        yield stage
