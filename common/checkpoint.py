@@ -84,9 +84,12 @@ class Checkpoint:
         index = self.folder / INDEX
         if index.exists():
             try:
-                listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+                places = json.loads(index.read_text())["weight_map"].values()
+                listed = sorted({str(name) for name in places})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index}: not a safetensors index ({error})") from error
+            if outside := [name for name in listed if Path(name).name != name]:
+                raise CheckpointError(f"{index}: shards {outside} are no names of files beside it")
             missing = [name for name in listed if not (self.folder / name).exists()]
             if missing:
                 raise CheckpointError(
@@ -187,6 +190,6 @@ def _place(file: str, base: int, entry: dict[str, Any]) -> TensorRange:
     start, stop = entry["data_offsets"]
     if dtype not in DTYPES:
         raise ValueError(f"unsupported dtype {dtype}")
-    if start < 0 or stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    if min([start, *shape]) < 0 or stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{stop - start} bytes for {dtype} {shape}")
     return TensorRange(file, base + start, stop - start, dtype, shape)
