@@ -112,13 +112,14 @@ def materialise(
 
 def read_config(folder: Path) -> PretrainedConfig:
     """The model config of a checkpoint folder; UnsupportedModel for a family nobody knows."""
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: no config.json; is this a checkpoint?")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        if not (folder / "config.json").exists():
-            raise CheckpointError(f"{folder}: no config.json; is this a checkpoint?") from error
-        raise UnsupportedModel(f"{folder}: {reason}") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModel(f"{folder}: {str(error).splitlines()[0]}") from error
     return config
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from proxymoe.common.checkpoint import read_tensors
+from proxymoe.common.checkpoint import Checkpoint, read_tensors
 from proxymoe.common.errors import CheckpointError
 from proxymoe.common.experts import Redirect, expert_state, install_backend
 from proxymoe.common.manifest import read_config, read_plan
@@ -50,9 +50,13 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
     Args:
         folder: holds config, plan, fused weights and tokenizer.
         dtype: None keeps the stored type and maps the file; another type copies.
+
+    Raises:
+        CheckpointError: a file is missing or truncated, or plan and weights do not match.
     """
     transformers_logging.disable_progress_bar()
     config, plan = read_config(folder), read_plan(folder)
+    Checkpoint(folder)  # reads the headers only, and refuses what is not whole
     stock = AutoModelForCausalLM._model_mapping[type(config)]
     model = _proxy_class(stock).from_pretrained(
         folder,

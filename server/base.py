@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from proxymoe.common.checkpoint import Checkpoint, tensor_from
-from proxymoe.common.errors import CheckpointError, UnsupportedModel
+from proxymoe.common.errors import CheckpointError, PlanError, UnsupportedModel
 from proxymoe.common.files import canonical_json, digest_of, write_json
 from proxymoe.common.manifest import COMPANIONS, Manifest, Part, Piece, materialise, read_config
 from proxymoe.common.moe import MoELayer, moe_layers
@@ -42,7 +42,9 @@ class BaseCheckpoint:
         self.skeleton = meta_model(self.config)
         self.layers = {layer.position: layer for layer in moe_layers(self.skeleton)}
         self.pieces = self._cached_pieces(cache)
-        self.digest = digest_of(canonical_json([[p.target, p.part, p.digest] for p in self.pieces]))
+        # Sorted, so that it does not matter how the checkpoint is cut into shards.
+        entries = [[p.target, p.expert or 0, p.part, p.digest] for p in self.pieces]
+        self.digest = digest_of(canonical_json(sorted(entries)))
 
     @property
     def num_experts(self) -> dict[int, int]:
@@ -70,6 +72,12 @@ class BaseCheckpoint:
     def manifest(self, plan: Plan) -> Manifest:
         """The listing of the proxy submodel with this plan; PlanError if it is for another base."""
         plan.require_base(self.digest)
+        planned = {position: layer.num_experts for position, layer in plan.layers.items()}
+        if planned != self.num_experts:
+            raise PlanError(
+                f"plan {plan.digest[:12]} is for experts per layer {planned}, the base model has "
+                f"{self.num_experts}; make a new plan for this base model"
+            )
         kept = {position: frozenset(layer.kept) for position, layer in plan.layers.items()}
         pieces = [
             piece
@@ -77,7 +85,7 @@ class BaseCheckpoint:
             if piece.expert is None
             or (piece.layer is not None and piece.expert in kept[piece.layer])
         ]
-        config = self.config.to_dict()
+        config = json.loads(json.dumps(self.config.to_dict()))  # as it will be read back
         if not plan.keeps_all:
             config["proxy_moe"] = {
                 "version": 1,
@@ -125,6 +133,11 @@ class BaseCheckpoint:
             role = roles.of(name)
             if role is None:
                 continue
+            if place.shape != (expected := roles.shape(role)):
+                raise CheckpointError(
+                    f"{self.folder}: tensor {name} has shape {place.shape}, config.json asks for "
+                    f"{expected}; is it of another model?"
+                )
             content = self.checkpoint.read_bytes(name)
             tensor = tensor_from(content, place.dtype, place.shape)
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -201,6 +214,14 @@ class _Roles:
                 "expert": int(number.group(1)),
             }
         return {"target": target}
+
+    def shape(self, role: dict[str, Any]) -> tuple[int, ...]:
+        """Shape on disk of the tensor with this role."""
+        whole = tuple(self.state[role["target"]].shape)
+        if "part" not in role:
+            return whole
+        _, rows, columns = whole
+        return (rows if role["part"] == "down" else rows // 2, columns)
 
     def required(self) -> set[str]:
         """Keys, as made in `BaseCheckpoint._pieces`, of everything the model cannot do without."""
