@@ -142,6 +142,8 @@ def load_profile(folder: Path, base: str) -> Profile:
     domains, num_tokens = {}, {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors = read_tensors(path)
+        if not {"base", "num_tokens"} <= set(tensors):
+            raise CheckpointError(f"{path}: not a profile; remove it and profile again")
         found = bytes(tensors.pop("base").tolist()).hex()
         if found != base:
             raise CheckpointError(f"{path}: profile of base model {found[:12]}, not {base[:12]}")

@@ -71,7 +71,8 @@ class Worker:
         """The submodel of a plan, valid until the next call; None is the full model."""
         if plan is not None and plan.router is RouterMode.SLICED:
             if self._sliced is None or self._sliced[0] != plan.digest:
-                self._sliced = (plan.digest, load(self.site.submodels / plan.digest))
+                dtype = compute_dtype(self.site.experiment.train.dtype)
+                self._sliced = (plan.digest, load(self.site.submodels / plan.digest, dtype))
             return self._sliced[1]
         offsets: dict[str, Tensor] = {}
         if plan is not None and plan.others is Others.MEAN:

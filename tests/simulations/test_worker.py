@@ -1,0 +1,176 @@
+"""Virtual devices compute what real ones compute."""
+
+import json
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from proxymoe.common.config import Experiment, ExtractSettings
+from proxymoe.common.errors import ConfigError, PlanError
+from proxymoe.common.messages import TrainReply, TrainTask, decode, encode
+from proxymoe.common.model import load
+from proxymoe.common.plan import Plan
+from proxymoe.server.profile import Profile, load_profile
+from proxymoe.simulations import worker
+from proxymoe.simulations.site import asset, device_examples, virtual_devices
+from proxymoe.simulations.worker import Worker
+from proxymoe.simulations.world import World, open_site
+from tests.tiny import logits, save_tiny
+
+MODES: dict[str, dict[str, Any]] = {
+    "drop": {"others": "drop"},
+    "mean": {"others": "mean"},
+    "sliced": {"router": "sliced"},
+    "all": {"kept_fraction": 1.0},
+}
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny bf16 base model, two devices with a few rows, one profiled public domain."""
+    root = tmp_path_factory.mktemp("world")
+    save_tiny("qwen2_moe", root / "base", torch.bfloat16)
+    for name in ("kitchen", "garden"):
+        for split in ("train", "test"):
+            rows = [
+                {"prompt": f"{name} {split} {i}: ", "completion": "ab"[i % 2]} for i in range(6)
+            ]
+            write_rows(root / "devices" / name / f"{split}.jsonl", rows)
+    write_rows(root / "public" / "math.jsonl", [{"text": f"{i} + {i} = {2 * i}"} for i in range(9)])
+    experiment = Experiment.model_validate(
+        {
+            "name": "tiny",
+            "base_model": str(root / "base"),
+            "calibration": str(root / "public"),
+            "devices": [{"data": str(root / "devices"), "names": ["kitchen", "garden"]}],
+            "adapter": {"rank": 4},
+            "train": {"dtype": "float32", "max_tokens": 48, "steps": 3, "batch_size": 2},
+            "evaluate": {"public_domains": ["math"]},
+        }
+    )
+    site, base = open_site(experiment, root / "cache")
+    worker._worker = Worker(site)
+    worker.profile("math", root / "profile")
+    yield World(site, base, load_profile(root / "profile", base.digest))
+    worker._worker = None
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Workers ignore interrupts; the tests' own process must not."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def cut(world: World, **fields) -> Plan:
+    return world.cut(world.site.devices[0], ExtractSettings(**fields), seed=0).plan
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mounted_and_materialised_submodels_compute_the_same_bits(world, mode):
+    plan = cut(world, **MODES[mode])
+    materialised = load(world.site.submodels / plan.digest, torch.float32)
+    mounted = worker.here().mounted(plan)
+    assert mounted.plan == materialised.plan == plan
+    assert mounted.model.dtype == materialised.model.dtype
+    assert torch.equal(logits(mounted.model), logits(materialised.model))
+
+
+def test_mounting_one_plan_leaves_no_trace_in_the_next(world):
+    here = worker.here()
+    before = logits(here.mounted(None).model)
+    for mode in MODES.values():
+        logits(here.mounted(cut(world, **mode)).model)
+    assert torch.equal(logits(here.mounted(None).model), before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_virtual_device_answers_with_the_bits_of_one_in_its_own_process(world, mode):
+    plan = cut(world, **MODES[mode])
+    layout = world.site.layout.held_under(plan)
+    task = TrainTask(
+        run="run",
+        round=1,
+        device="kitchen",
+        base=plan.base,
+        plan=plan.digest,
+        layout=layout.digest,
+        train=world.site.experiment.train,
+        clip_norm=1.0,
+        seed=7,
+    )
+    content = encode(task, layout.zeros().numpy())
+    virtual, update = decode(worker.answer("kitchen", plan, content))
+    real, same = decode(worker.answer_alone(world.site, "kitchen", plan, content))
+    assert isinstance(virtual, TrainReply)
+    assert isinstance(real, TrainReply)
+    assert virtual.last_loss == real.last_loss
+    assert np.array_equal(update, same)
+    assert np.abs(update).max() > 0
+
+
+def test_local_tuning_returns_the_full_layout_and_leaves_other_blocks_alone(world):
+    plan, full = cut(world), world.site.layout
+    begin = torch.randn(full.size, generator=torch.Generator().manual_seed(0)).mul(0.01).numpy()
+    settings = world.site.experiment.train
+    tuned = worker.tune_locally("kitchen", plan, begin, settings, seed=1)
+    again = worker.tune_locally("kitchen", plan, begin, settings, seed=1)
+    assert tuned.vector.shape == (full.size,)
+    assert np.array_equal(tuned.vector, again.vector)
+    assert not np.array_equal(tuned.vector, begin)
+
+
+def test_a_zero_adapter_evaluates_like_none(world):
+    zeros = world.site.layout.zeros().numpy()
+    for plan in (None, cut(world)):
+        assert worker.evaluate("garden", plan, zeros) == worker.evaluate("garden", plan, None)
+    assert worker.public_loss(zeros, 3, 48) == worker.public_loss(None, 3, 48)
+    assert set(worker.public_loss(None, 3, 48)) == {"math"}
+
+
+def test_answers_can_be_ranked_among_everyones(world):
+    own = worker.evaluate("kitchen", None, None, "own")
+    everyone = worker.evaluate("kitchen", None, None, "all")
+    assert own == everyone  # both devices answer a or b
+    assert 0.0 <= own.accuracy <= 1.0
+
+
+def test_a_plan_for_another_base_model_is_refused(world):
+    plan = cut(world).model_copy(update={"base": "ab" * 32})
+    with pytest.raises(PlanError, match="plan for base model abababababab, the site has"):
+        worker.answer("kitchen", plan, b"")
+
+
+def test_a_device_of_unknown_domain_gets_the_uniform_mixture(world):
+    assert "kitchen" not in world.profile.domains
+    uniform = Profile(world.base.digest, world.profile.domains, world.profile.num_tokens)
+    assert uniform.uniform() == {"math": 1.0}
+    assert cut(world) == cut(world)
+
+
+def test_test_rows_are_a_fixed_draw(world):
+    here, site = worker.here(), world.site
+    few = site.experiment.model_copy(
+        update={"evaluate": site.experiment.evaluate.model_copy(update={"max_items": 3})}
+    )
+    drawn = device_examples(site.devices[0], "test", here.full.tokenizer, few)
+    assert len(drawn) == 3
+    assert drawn == device_examples(site.devices[0], "test", here.full.tokenizer, few)
+    assert set(drawn) < set(here.examples("kitchen", "test"))
+
+
+def test_missing_assets_and_devices_are_named(world, tmp_path):
+    with pytest.raises(ConfigError, match="no-model: no such file or folder"):
+        asset("no-model")
+    groups = world.site.experiment.devices
+    with pytest.raises(ConfigError, match=r"device 'attic': .*has no train\.jsonl"):
+        virtual_devices((groups[0].model_copy(update={"names": ("attic",)}),))
