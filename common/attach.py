@@ -37,16 +37,15 @@ class AttachedAdapter:
             for block in {block.module: block for block in layout.blocks}.values()
         }
         self._bound: dict[str, tuple[Block, Tensor]] = {}
-        self._stacks = self._stacked_experts()
         modules = dict(model.named_modules())
-        self._handles: list[RemovableHandle] = []
-        for block in layout.blocks:
-            if block.expert is not None:
-                continue
-            if block.module not in modules:
-                raise LayoutMismatch(f"the model has no module {block.module}")
-            hook = partial(self._add_delta, block.module)
-            self._handles.append(modules[block.module].register_forward_hook(hook))
+        linears = [block.module for block in layout.blocks if block.expert is None]
+        experts = {b.module.rpartition(".")[0] for b in layout.blocks if b.expert is not None}
+        if missing := [*set(linears) - set(modules), *experts - set(self._experts)]:
+            raise LayoutMismatch(f"the model has no module {min(missing)}")
+        self._stacks = self._stacked_experts()
+        self._handles: list[RemovableHandle] = [
+            modules[path].register_forward_hook(partial(self._add_delta, path)) for path in linears
+        ]
 
     def bind(self, vector: Tensor) -> None:
         """Makes the model compute with this adapter vector (P,); gradients flow back to it."""

@@ -4,6 +4,9 @@ On disk an adapter is what `PeftModel.from_pretrained` loads on the full model: 
 every block, the frozen one included. PEFT packs the experts of a fused parameter with the expert
 index slowest in A, (E·R, in), and fastest in B, (out, R·E); the first of two targeted parameters
 is wrapped innermost and found under `.base_layer`.
+
+Shared experts are targeted by parameter too: in many families PEFT takes modules of these names
+for routed experts of an older format, and would silently adapt those instead.
 """
 
 import json
@@ -24,6 +27,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 INNER = ".base_layer"
+REWRITTEN = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Names of modules that PEFT turns into routed experts."""
 
 
 def export_peft(layout: AdapterLayout, vector: Tensor, folder: Path, base_name: str) -> Path:
@@ -51,14 +56,22 @@ def import_peft(layout: AdapterLayout, folder: Path) -> Tensor:
     found = read_tensors(folder / WEIGHTS_FILE)
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError) as error:
+        rank, scale = config["r"], config["lora_alpha"] / config["r"]
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: unreadable ({error})") from error
     expected = dict(_tensors(layout, layout.zeros()))
-    if set(found) != set(expected) or config.get("r") != layout.rank:
+    if set(found) != set(expected) or (rank, scale) != (layout.rank, SCALE):
         raise LayoutMismatch(
-            f"{folder}: adapter of rank {config.get('r')} with {len(found)} tensors, expected rank "
-            f"{layout.rank} with {len(expected)}; it was made for other targets"
+            f"{folder}: adapter of rank {rank} and scale {scale} with {len(found)} tensors, "
+            f"expected rank {layout.rank} and scale {SCALE} with {len(expected)}; "
+            "it was made for other targets"
         )
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise LayoutMismatch(
+                f"{folder}: {name} has shape {tuple(found[name].shape)}, "
+                f"expected {tuple(tensor.shape)}; it was made for another model"
+            )
     parts = []
     for blocks in _runs(layout):
         first = blocks[0]
@@ -73,9 +86,11 @@ def import_peft(layout: AdapterLayout, folder: Path) -> Tensor:
 
 
 def peft_config(layout: AdapterLayout, base_name: str) -> dict[str, Any]:
-    """The adapter_config.json of a layout: attention and shared experts by full module path."""
-    modules = [block.module for block in layout.blocks if block.expert is None]
-    parameters = list(dict.fromkeys(b.module for b in layout.blocks if b.expert is not None))
+    """The adapter_config.json of a layout: every target by its full path, nothing by pattern."""
+    linears = [block.module for block in layout.blocks if block.expert is None]
+    modules = [path for path in linears if path.rpartition(".")[2] not in REWRITTEN]
+    parameters = [f"{path}.weight" for path in linears if path not in modules]
+    parameters += list(dict.fromkeys(b.module for b in layout.blocks if b.expert is not None))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
