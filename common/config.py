@@ -105,6 +105,8 @@ class FederationSettings(Section):
     """The devices' learning rate falls linearly over the rounds to this share of itself."""
     server_final_rate: float = Field(default=1.0, gt=0, le=1)
     """The same for the server's learning rate."""
+    server_warmup_rounds: int = Field(default=0, ge=0)
+    """Rounds over which the server's learning rate rises linearly."""
     clip_norm: float = Field(default=30.0, gt=0)
     """Largest L2 norm of one device's update; longer ones are scaled down on the device."""
     canary_tolerance: float = Field(default=3.0, gt=0)

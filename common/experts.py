@@ -1,15 +1,15 @@
-"""The experts backend: routed experts as two batched matmuls over padded segments.
+"""The experts backend: routed experts as matmuls over rounded segments of tokens.
 
 Rules of this file. The family's router has already chosen ids and gates; nothing here changes
 them. A redirect table says what each routed id means on a proxy submodel; dropped picks cost
-nothing. Tokens are gathered into one segment per kept expert, and every segment is padded to
-the same rounded capacity, because a CPU with bf16 matrix units compiles one kernel for every
-new shape, and routing counts never repeat.
+nothing. Tokens are gathered into one segment per held expert, and every segment is rounded up,
+because a CPU with bf16 matrix units compiles and keeps one kernel for every new shape, and
+routing counts never repeat.
 
 Expert adapters act on the activations (x Aᵀ Bᵀ, never W + BA), and only on tokens that the
 router truly sent to that expert.
 
-Shapes: T tokens, E routed ids, K = top-k, S experts held (slots), C capacity of a segment,
+Shapes: T tokens, E routed ids, K = top-k, S experts held (slots), N rows of all segments,
 D hidden size, I inner size, R adapter rank.
 """
 
@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from proxymoe.common.moe import moe_layers
 
 BACKEND = "proxymoe"
-CAPACITY_STEP = 32
-"""Segments are rounded up to a multiple of this many rows."""
+SMALL_STEP, LARGE_STEP, LARGE_ROWS = 32, 128, 256
+"""Segments are rounded up to a multiple of the small step, above LARGE_ROWS of the large one."""
 
-Observer = Callable[[Tensor, Tensor], None]
-"""Called with expert outputs before gating (S, C, D) and gates (S, C), zero where empty."""
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+"""Called with expert outputs before gating (N, D), gates (N,) and slots (N,), truly routed only."""
 
 _valid_tokens: ContextVar[Tensor | None] = ContextVar("valid_tokens", default=None)
 
@@ -118,51 +119,100 @@ def experts_forward(self: nn.Module, hidden: Tensor, index: Tensor, gates: Tenso
     return output
 
 
+@dataclass(frozen=True, slots=True)
+class _Segments:
+    """Where each routed pick lies among the rows of all segments."""
+
+    pick: Tensor
+    """Index of the pick in the flattened (T, K), ordered by slot."""
+    slot: Tensor
+    row: Tensor
+    bounds: list[tuple[int, int, int]]
+    """(slot, first row, end row) of every segment that is not empty."""
+    num_rows: int
+
+
+class _SegmentedLinear(torch.autograd.Function):
+    """y[rows of slot s] = x[rows of slot s] @ w[s]ᵀ; w is (S, out, in), x (N, in), y (N, out)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bounds: list[tuple[int, int, int]]
+    ) -> Tensor:
+        output = rows.new_empty(rows.shape[0], weight.shape[1])
+        for slot, first, end in bounds:
+            torch.mm(rows[first:end], weight[slot].T, out=output[first:end])
+        ctx.bounds = bounds
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else rows[:0], weight)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (slope,), (rows, weight) = upstream, ctx.saved_tensors
+        to_rows = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_rows = slope.new_empty(slope.shape[0], weight.shape[2])
+            for slot, first, end in ctx.bounds:
+                torch.mm(slope[first:end], weight[slot], out=to_rows[first:end])
+        if ctx.needs_input_grad[1]:
+            to_weight = torch.zeros_like(weight)
+            for slot, first, end in ctx.bounds:
+                torch.mm(slope[first:end].T, rows[first:end], out=to_weight[slot])
+        return to_rows, to_weight, None
+
+
 def _dispatch(
     experts: nn.Module, state: ExpertState, hidden: Tensor, slots: Tensor, gates: Tensor
 ) -> Tensor:
     gate_up, down = experts.gate_up_proj, experts.down_proj
     assert isinstance(gate_up, Tensor)
     assert isinstance(down, Tensor)
-    (num_tokens, width), num_slots, top_k = hidden.shape, down.shape[0], slots.shape[1]
+    found = _segments(slots, num_slots=down.shape[0])
+    token = found.pick // slots.shape[1]
+    rows = hidden.new_zeros(found.num_rows, hidden.shape[1])
+    rows = rows.index_copy(0, found.row, hidden.index_select(0, token))
+
+    inner = _segmented(rows, gate_up, found)
+    if (adapter := state.adapter) is not None:
+        low = rows @ adapter.gate_up_in.to(rows.dtype).T
+        inner = inner + _segmented(low, adapter.gate_up_out.to(rows.dtype), found)
+    gate, up = inner.chunk(2, dim=-1)
+    activated: Tensor = experts.act_fn(gate) * up  # type: ignore[operator]
+    outputs = _segmented(activated, down, found)
+    if adapter is not None:
+        low = _segmented(activated, adapter.down_in.to(rows.dtype), found)
+        outputs = outputs + low @ adapter.down_out.to(rows.dtype).T
+
+    outputs = outputs.index_select(0, found.row)
+    picked = gates.reshape(-1)[found.pick]
+    if state.observer is not None:
+        state.observer(outputs, picked, found.slot)
+    weighted = outputs * picked[:, None].to(outputs.dtype)
+    return torch.zeros_like(hidden).index_add(0, token, weighted.to(hidden.dtype))
+
+
+def _segments(slots: Tensor, num_slots: int) -> _Segments:
     flat = slots.reshape(-1)
     pick = (flat >= 0).nonzero().squeeze(1)
+    order = flat[pick].argsort(stable=True)
+    pick = pick[order]
     slot = flat[pick]
-    order = slot.argsort(stable=True)
-    pick, slot = pick[order], slot[order]
     counts = torch.bincount(slot, minlength=num_slots)
-    steps = -(-int(counts.max()) // CAPACITY_STEP) if slot.numel() else 1
-    capacity = max(steps, 1) * CAPACITY_STEP
-    first = counts.cumsum(0) - counts
-    row = slot * capacity + torch.arange(slot.numel(), device=slot.device) - first[slot]
-    token = pick // top_k
-
-    segments = hidden.new_zeros(num_slots * capacity, width)
-    segments = segments.index_copy(0, row, hidden.index_select(0, token))
-    segments = segments.view(num_slots, capacity, width)
-    inner = _gated(experts, state, torch.bmm(segments, gate_up.transpose(1, 2)), segments)
-    outputs = torch.bmm(inner, down.transpose(1, 2))
-    if (adapter := state.adapter) is not None:
-        low = torch.bmm(inner, adapter.down_in.to(inner.dtype).transpose(1, 2))
-        outputs = outputs + low @ adapter.down_out.to(inner.dtype).T
-
-    picked = gates.reshape(-1)[pick]
-    if state.observer is not None:
-        spread = picked.new_zeros(num_slots * capacity).index_copy(0, row, picked)
-        state.observer(outputs, spread.view(num_slots, capacity))
-    outputs = outputs.view(num_slots * capacity, width).index_select(0, row)
-    weighted = outputs * picked[:, None].to(outputs.dtype)
-    return hidden.new_zeros(num_tokens, width).index_add(0, token, weighted.to(hidden.dtype))
+    bounds, firsts, end = [], [], 0
+    for index, count in enumerate(counts.tolist()):
+        firsts.append(end)
+        if count:
+            step = SMALL_STEP if count <= LARGE_ROWS else LARGE_STEP
+            bounds.append((index, end, end := end + -(-count // step) * step))
+    shift = torch.tensor(firsts) - (counts.cumsum(0) - counts)
+    return _Segments(pick, slot, torch.arange(slot.numel()) + shift[slot], bounds, end)
 
 
-def _gated(experts: nn.Module, state: ExpertState, projected: Tensor, segments: Tensor) -> Tensor:
-    if (adapter := state.adapter) is not None:
-        low = segments @ adapter.gate_up_in.to(segments.dtype).T
-        high = adapter.gate_up_out.to(segments.dtype).transpose(1, 2)
-        projected = projected + torch.bmm(low, high)
-    gate, up = projected.chunk(2, dim=-1)
-    activated: Tensor = experts.act_fn(gate) * up  # type: ignore[operator]
-    return activated
+def _segmented(rows: Tensor, weight: Tensor, segments: _Segments) -> Tensor:
+    output: Tensor = _SegmentedLinear.apply(  # type: ignore[no-untyped-call]
+        rows, weight, segments.bounds
+    )
+    return output
 
 
 ALL_EXPERTS_FUNCTIONS.register(BACKEND, experts_forward)

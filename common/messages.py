@@ -17,6 +17,10 @@ from proxymoe.common.errors import ProtocolError
 MAGIC = b"PXM1"
 MAX_HEADER_BYTES = 64 << 10
 MAX_VECTOR_BYTES = 1 << 30
+DESCRIBE, TRAIN = "query.describe", "train.adapter"
+"""What a device is asked for, as category and action: to describe itself, to answer a task."""
+RECORD, CONTENT = "proxymoe", "content"
+"""Where a Flower message carries ours: the name of its one record, and the field of the bytes."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
@@ -61,6 +65,15 @@ class Refusal(_Header):
 
     kind: Literal["refusal"] = "refusal"
     reason: Literal["diverged", "mismatch", "policy", "data", "failed"]
+
+
+class Description(BaseModel):
+    """Device to server: who it is, and which proxy submodel it holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    device: str = Field(min_length=1, max_length=128)
+    plan: Digest
 
 
 Message = TrainTask | TrainReply | Refusal

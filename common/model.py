@@ -24,6 +24,7 @@ from proxymoe.common.errors import CheckpointError
 from proxymoe.common.experts import Redirect, expert_state, install_backend
 from proxymoe.common.manifest import read_config, read_plan
 from proxymoe.common.moe import keep_experts, moe_layers, slice_router
+from proxymoe.common.norm import install_norms
 from proxymoe.common.plan import Others, Plan, RouterMode
 
 OFFSETS_FILE = "offsets.safetensors"
@@ -67,6 +68,7 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
     )
     model.requires_grad_(False).eval()
     install_backend(model)
+    install_norms(model)
     _install_redirects(model, plan, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return LoadedModel(model, tokenizer, plan)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from proxymoe.common.checkpoint import read_tensors, write_tensors
 from proxymoe.common.errors import CheckpointError, ConfigError
-from proxymoe.common.experts import expert_state
+from proxymoe.common.experts import Observer, expert_state
 from proxymoe.common.loss import predicted_states
 from proxymoe.common.model import LoadedModel
 from proxymoe.common.moe import moe_layers
@@ -158,16 +158,15 @@ def load_profile(folder: Path, base: str) -> Profile:
     return Profile(base, domains, num_tokens)
 
 
-def _observer(sums: ExpertStatistics) -> Callable[[Tensor, Tensor], None]:
-    def observe(outputs: Tensor, gates: Tensor) -> None:
+def _observer(sums: ExpertStatistics) -> Observer:
+    def observe(outputs: Tensor, gates: Tensor, slots: Tensor) -> None:
         outputs, gates = outputs.float(), gates.float()
         norms = outputs.norm(dim=-1) * gates
-        sums.count.add_((gates > 0).sum(1))
-        sums.gate.add_(gates.sum(1))
-        sums.gate_squared.add_(gates.square().sum(1))
-        sums.norm.add_(norms.sum(1))
-        sums.energy.add_(norms.square().sum(1))
-        sums.output.add_(torch.bmm(gates.square()[:, None, :], outputs)[:, 0])
+        columns = (torch.ones_like(gates), gates, gates.square(), norms, norms.square())
+        totals = (sums.count, sums.gate, sums.gate_squared, sums.norm, sums.energy)
+        for total, column in zip(totals, columns, strict=True):
+            total.index_add_(0, slots, column)
+        sums.output.index_add_(0, slots, gates.square()[:, None] * outputs)
 
     return observe
 

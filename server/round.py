@@ -131,7 +131,7 @@ def run_round(
         state.adapter,
         mean,
         federation.settings,
-        rate=_decay(federation.settings, federation.settings.server_final_rate, number),
+        rate=server_rate(federation.settings, number),
     )
     canary_loss = federation.canary(candidate)
     committed = bool(np.isfinite(canary_loss)) and canary_loss <= federation.canary_limit
@@ -182,6 +182,12 @@ def _task(federation: Federation, state: FederationState, name: str, number: int
         seed=task_seed(federation.seed, number, name),
     )
     return encode(task, member.layout.take_from(federation.layout, state.adapter).numpy())
+
+
+def server_rate(settings: FederationSettings, number: int) -> float:
+    """Share of the server's learning rate in a round: linear warm-up times linear decay."""
+    warm = min(1.0, number / (settings.server_warmup_rounds + 1))
+    return warm * _decay(settings, settings.server_final_rate, number)
 
 
 def _decay(settings: FederationSettings, final: float, number: int) -> float:

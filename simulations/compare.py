@@ -25,7 +25,7 @@ from proxymoe.server.round import RoundReport, task_seed
 from proxymoe.simulations import worker
 from proxymoe.simulations.federate import federate, federation_of, pool_transports
 from proxymoe.simulations.pool import WorkerPool, result_of
-from proxymoe.simulations.run import Stage, environment, forgetting, peak_memory_mb
+from proxymoe.simulations.run import Stage, environment, forgetting
 from proxymoe.simulations.site import Site
 from proxymoe.simulations.world import World
 
@@ -63,7 +63,6 @@ def run_comparison(world: World, folder: Path, stage: Stage) -> dict[str, Any]:
         "summary": {
             "comparison": comparison(cells),
             "full_model_bytes": full_bytes,
-            "peak_rss_mb": peak_memory_mb(experiment.workers),
         },
         "environment": environment(experiment),
     }

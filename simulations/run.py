@@ -2,8 +2,6 @@
 
 import logging
 import platform
-import resource
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -61,7 +59,7 @@ def run_experiment(
     world: World, pool: WorkerPool, folder: Path, stage: Stage, run_rounds: Federate = federate
 ) -> dict[str, Any]:
     """Runs the experiment and returns its metrics; `folder` keeps rounds and the adapter."""
-    experiment, started = world.site.experiment, time.monotonic()
+    experiment = world.site.experiment
     cuts = cut_all(world, stage)
     plans = {cut.device.name: cut.plan for cut in cuts}
 
@@ -88,10 +86,8 @@ def run_experiment(
         "rounds": outcome.reports,
         "summary": {
             **summary(devices, adapter.numpy(), pool, experiment),
-            "wall_seconds": time.monotonic() - started,
             "trained_parameters": world.site.layout.size,
             "full_model_bytes": world.base.manifest(world.base.keep_all()).num_bytes,
-            "peak_rss_mb": peak_memory_mb(experiment.workers),
         },
         "environment": environment(experiment),
     }
@@ -224,16 +220,6 @@ def forgetting(before: dict[str, float], after: dict[str, float]) -> dict[str, A
     """Public domains' loss with the adapter plugged back, minus the base model's, in nats."""
     each = {domain: after[domain] - before[domain] for domain in before}
     return {"by_domain": each, "mean": float(np.mean(list(each.values())))}
-
-
-def peak_memory_mb(workers: int) -> float:
-    """High-water mark of this process plus that of its largest child for each worker, MB.
-
-    An upper bound of what was in use at once: file pages shared by processes count in each.
-    """
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return (own + workers * child) * 1024 / 1e6
 
 
 def environment(experiment: Experiment) -> dict[str, Any]:

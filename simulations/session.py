@@ -1,18 +1,23 @@
 """One invocation of the simulator: open the site, run, write the results, show them."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 
 from proxymoe.common.config import Experiment
+from proxymoe.server.base import BaseCheckpoint
 from proxymoe.simulations.compare import run_comparison
+from proxymoe.simulations.memory import MemoryWatch
 from proxymoe.simulations.plots import write_plots
 from proxymoe.simulations.pool import WorkerPool
 from proxymoe.simulations.report import show, write_metrics
 from proxymoe.simulations.run import Stage, run_experiment
+from proxymoe.simulations.site import Site
 from proxymoe.simulations.world import World, open_site, profile_base
 
 
@@ -21,18 +26,29 @@ def run(
 ) -> None:
     """Runs an experiment, or goes on with one; metrics, plots and adapter end up in `folder`."""
     console.print(f"[bold]{experiment.name}[/] → {folder}", highlight=False)
+    started = time.monotonic()
     site, base = open_site(experiment, cache)
-    with _progress(console) as stage, WorkerPool(site, experiment.workers) as pool:
-        world = World(site, base, profile_base(pool, base, cache, stage))
-        if experiment.compare.seeds:
-            metrics = run_comparison(world, folder, stage)
-        else:
-            metrics = run_experiment(world, pool, folder, stage)
+    watch = MemoryWatch()
+    with watch, _progress(console) as stage:
+        metrics = _metrics(site, base, folder, cache, stage)
+    metrics["summary"]["wall_seconds"] = time.monotonic() - started
+    metrics["summary"]["peak_rss_mb"] = watch.peak_mb
     path = write_metrics(folder, metrics)
     plots = write_plots(folder / "plots", metrics)
     show(metrics, console)
     for result in (path, *plots):
         console.print(f"  {result}", highlight=False)
+
+
+def _metrics(
+    site: Site, base: BaseCheckpoint, folder: Path, cache: Path, stage: Stage
+) -> dict[str, Any]:
+    with WorkerPool(site, site.experiment.workers) as pool:
+        world = World(site, base, profile_base(pool, base, cache, stage))
+        if not site.experiment.compare.seeds:
+            return run_experiment(world, pool, folder, stage)
+    # The comparison opens a pool per seed: the seed is part of what a worker holds.
+    return run_comparison(world, folder, stage)
 
 
 @contextmanager
