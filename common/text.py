@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -85,7 +86,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             message names file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line breaks
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     rows = []
@@ -110,7 +111,7 @@ def tokenise(
     """
     examples, num_truncated, num_dropped = [], 0, 0
     for number, row in enumerate(rows, start=1):
-        prompt, completion = _tokens_of(row, tokenizer)
+        prompt, completion = _tokens_of(row, tokenizer, f"row {number}")
         excess = len(prompt) + len(completion) - max_tokens
         if excess > 0:
             if too_long is TooLong.REFUSE:
@@ -130,10 +131,9 @@ def tokenise(
     return Examples(tuple(examples), num_truncated, num_dropped)
 
 
-def collate(examples: Sequence[Example], pad_to: int | None = None) -> Batch:
+def collate(examples: Sequence[Example]) -> Batch:
     """One batch of the examples, padded to rounded shapes."""
-    longest = max(len(example.tokens) for example in examples)
-    length = pad_to or _round_up(longest, LENGTH_STEP)
+    length = _round_up(max(len(example.tokens) for example in examples), LENGTH_STEP)
     tokens = torch.zeros(len(examples), length, dtype=torch.long)
     valid = torch.zeros(len(examples), length, dtype=torch.bool)
     where: list[int] = []
@@ -156,22 +156,25 @@ def collate(examples: Sequence[Example], pad_to: int | None = None) -> Batch:
 def shuffled_batches(
     examples: Sequence[Example], batch_size: int, num_batches: int, rng: np.random.Generator
 ) -> list[Batch]:
-    """`num_batches` batches of exactly `batch_size` examples, over as many epochs as it takes.
+    """`num_batches` random batches of exactly `batch_size` examples.
 
-    Every example is used equally often up to one. Neighbours in length share a batch within a
-    window of POOL batches, which saves padding; the order of batches is random. A data set
-    smaller than a batch is repeated within it, so shapes never change.
+    Neighbours in length share a batch, out of windows of POOL batches, which saves padding. Windows
+    are dealt from one permutation of all examples after another; of the last window the batches
+    are a random choice. A data set smaller than a batch is repeated within it, so shapes never
+    change.
     """
+    num_windows = -(-num_batches // POOL)
     order: list[int] = []
-    while len(order) < batch_size * num_batches:
+    while len(order) < num_windows * POOL * batch_size:
         order += rng.permutation(len(examples)).tolist()
-    chunks: list[list[int]] = []
-    for start in range(0, num_batches, POOL):
-        count = min(POOL, num_batches - start)
-        window = order[start * batch_size : (start + count) * batch_size]
+    batches: list[Batch] = []
+    for start in range(0, num_windows * POOL, POOL):
+        window = order[start * batch_size : (start + POOL) * batch_size]
         window.sort(key=lambda i: len(examples[i].tokens))
-        chunks += [window[i * batch_size : (i + 1) * batch_size] for i in range(count)]
-    return [collate([examples[i] for i in chunks[at]]) for at in rng.permutation(num_batches)]
+        for at in rng.permutation(POOL)[: num_batches - len(batches)]:
+            chunk = window[at * batch_size : (at + 1) * batch_size]
+            batches.append(collate([examples[i] for i in chunk]))
+    return batches
 
 
 def sequential_batches(examples: Sequence[Example], batch_size: int) -> list[Batch]:
@@ -188,13 +191,7 @@ def _checked_row(line: str, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}")
     if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise DataError(f"{place}: 'messages' must be a non-empty list")
-        if not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
-            raise DataError(f"{place}: every message needs 'role' and 'content'")
-        if messages[-1]["role"] != "assistant":
-            raise DataError(f"{place}: the last message must be the assistant's, it is the target")
+        _check_messages(row["messages"], place)
         return row
     keys = ("text",) if "text" in row else ("prompt", "completion")
     for key in keys:
@@ -208,8 +205,22 @@ def _checked_row(line: str, place: str) -> dict[str, Any]:
     return row
 
 
+def _check_messages(messages: Any, place: str) -> None:
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise DataError(f"{place}: 'messages' must be a non-empty list: a question, an answer")
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise DataError(f"{place}: every message needs 'role' and 'content'")
+        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+            raise DataError(f"{place}: every message needs 'role' and 'content' as strings")
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"{place}: the last message must be the assistant's, it is the target")
+    if not messages[-1]["content"].strip():
+        raise DataError(f"{place}: the last message is empty")
+
+
 def _tokens_of(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, place: str
 ) -> tuple[list[int], list[int]]:
     """(prompt tokens, at least one; completion tokens with the end token)."""
 
@@ -218,18 +229,36 @@ def _tokens_of(
         return ids
 
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else end
+    if not begin:
+        raise DataError("the tokenizer has neither a begin nor an end token; give it one")
     if "messages" in row:
-        if tokenizer.chat_template is None:
-            raise DataError("rows with 'messages' need a tokenizer with a chat template")
-        whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-        asked = tokenizer.apply_chat_template(
-            row["messages"][:-1], tokenize=False, add_generation_prompt=True
-        )
-        return encode(str(asked)), encode(str(whole)[len(str(asked)) :])
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end[0]
+        asked, answer = _conversation(row["messages"], tokenizer, place)
+        return encode(asked) or begin, encode(answer)
     if "text" in row:
-        return [begin], encode(row["text"]) + end
-    return [begin, *encode(row["prompt"])], encode(row["completion"]) + end
+        return begin, encode(row["text"]) + end
+    return [*begin, *encode(row["prompt"])], encode(row["completion"]) + end
+
+
+def _conversation(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, place: str
+) -> tuple[str, str]:
+    """(everything up to the last answer, the last answer) as the chat template writes them."""
+    if tokenizer.chat_template is None:
+        raise DataError("rows with 'messages' need a tokenizer with a chat template")
+    try:
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        asked = str(
+            tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        )
+    except TemplateError as error:
+        raise DataError(f"{place}: the chat template refuses it ({error})") from error
+    if not whole.startswith(asked) or whole == asked:
+        raise DataError(
+            f"{place}: the chat template changes earlier messages when an answer follows; "
+            "use 'prompt' and 'completion'"
+        )
+    return asked, whole[len(asked) :]
 
 
 def _round_up(count: int, step: int) -> int:

@@ -102,7 +102,7 @@ def test_what_padding_holds_does_not_matter_at_all(model):
 def test_padding_is_not_routed_to_any_expert(qwen):
     seen = []
     layer = moe_layers(qwen.full.model)[0]
-    expert_state(layer.experts).observer = lambda _, gates: seen.append(int((gates > 0).sum()))
+    expert_state(layer.experts).observer = lambda *rows: seen.append([len(part) for part in rows])
     valid = torch.zeros(2, 24, dtype=torch.bool)
     valid[0, :5] = True
     try:
@@ -113,7 +113,7 @@ def test_padding_is_not_routed_to_any_expert(qwen):
         logits(qwen.full.model)
     finally:
         expert_state(layer.experts).observer = None
-    assert seen == [5 * layer.top_k, 0, 48 * layer.top_k]
+    assert seen == [[tokens * layer.top_k] * 3 for tokens in (5, 0, 48)]
 
 
 def test_dropped_experts_equal_silent_ones_in_the_full_model(model):
@@ -184,17 +184,18 @@ def test_an_expert_adapter_acts_only_on_tokens_sent_to_that_expert(qwen):
     assert moved.tolist() == [False, True, True, False]
 
 
-def test_observers_see_the_energy_that_routed_experts_contribute(qwen):
+def test_observers_see_what_every_routed_pick_contributes(qwen):
     layer = moe_layers(ours("qwen2_moe"))[0]
-    hidden = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    index, gates = torch.arange(6)[:, None], torch.full((6, 1), 0.5)
-    energies = []
-    expert_state(layer.experts).observer = lambda outputs, g: energies.append(
-        (outputs.norm(dim=-1) * g).square().sum(1)
-    )
+    generator = torch.Generator().manual_seed(0)
+    hidden, gates = torch.randn(6, 64, generator=generator), torch.rand(6, 1, generator=generator)
+    index = torch.tensor([[3], [1], [3], [0], [7], [3]])
+    seen = []
+    expert_state(layer.experts).observer = lambda *rows: seen.append(rows)
     result = layer.experts(hidden, index, gates)
-    assert_near(energies[0][:6], result.square().sum(1))
-    assert energies[0][6:].eq(0).all()
+    ((outputs, seen_gates, slots),) = seen
+    assert slots.tolist() == sorted(index.flatten().tolist())
+    order = index.flatten().argsort(stable=True)
+    assert_near(outputs * seen_gates[:, None], result[order])
 
 
 def test_a_stock_model_has_no_state_to_ask_for():
