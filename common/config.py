@@ -96,6 +96,8 @@ class FederationSettings(Section):
     """How updates of many devices become one adapter."""
 
     rounds: int = Field(default=20, ge=1)
+    cohort_size: int | None = Field(default=None, ge=1)
+    """Devices asked per round; None asks all that can be asked."""
     strategy: Literal["fedavg", "fedadam"] = "fedavg"
     server_learning_rate: float = Field(default=2.5, gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
@@ -213,7 +215,7 @@ def load_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
         return Experiment.model_validate(table)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]

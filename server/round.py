@@ -105,7 +105,8 @@ def run_round(
         ProtocolError: not a single usable update came back.
     """
     number = state.round + 1
-    cohort = [name for name in transport.devices() if name in federation.members]
+    known = [name for name in transport.devices() if name in federation.members]
+    cohort = sample_cohort(known, federation.settings.cohort_size, federation.seed, number)
     tasks = {name: _task(federation, state, name, number) for name in cohort}
 
     replies: dict[str, TrainReply] = {}
@@ -156,6 +157,23 @@ def run_round(
         peak_rss_mb={name: r.peak_rss_mb for name, r in sorted(replies.items())},
     )
     return state, report
+
+
+def sample_cohort(names: list[str], size: int | None, seed: int, number: int) -> list[str]:
+    """The devices of a round: as many as asked for, every device equally often over the rounds.
+
+    Rounds deal from one shuffled deck after another; each deck holds every device once.
+    """
+    if size is None or size >= len(names):
+        return sorted(names)
+    start, dealt = (number - 1) * size, list[str]()
+    deck = start // len(names)
+    while len(dealt) < size:
+        order = np.random.default_rng([seed, deck]).permutation(len(names))
+        cards = [sorted(names)[i] for i in order][max(0, start - deck * len(names)) :]
+        dealt += [name for name in cards if name not in dealt][: size - len(dealt)]
+        deck += 1
+    return sorted(dealt)
 
 
 def task_seed(seed: int, number: int, device: str) -> int:

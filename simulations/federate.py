@@ -25,8 +25,8 @@ from proxymoe.simulations.pool import PoolTransport, WorkerPool
 
 log = logging.getLogger(__name__)
 
-CANARY_ROWS = 6
-CANARY_TOKENS = 96
+CANARY_ROWS = 4
+CANARY_TOKENS = 48
 """Rows and tokens per row and public domain that every round's candidate must still read."""
 
 
@@ -49,8 +49,7 @@ def federation_of(
 
     def canary(adapter: Tensor | None) -> float:
         vector = None if adapter is None else adapter.numpy()
-        losses = pool.submit(worker.public_loss, vector, CANARY_ROWS, CANARY_TOKENS)
-        return float(np.mean(list(losses.result().values())))
+        return pool.submit(worker.canary_loss, vector, CANARY_ROWS, CANARY_TOKENS).result()
 
     members = {name: Member(plan, site.layout.held_under(plan)) for name, plan in plans.items()}
     return Federation(

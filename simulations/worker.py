@@ -28,7 +28,7 @@ from proxymoe.common.measure import peak_rss_mb
 from proxymoe.common.model import OFFSETS_FILE, LoadedModel, compute_dtype, load
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.plan import Others, Plan, RouterMode
-from proxymoe.common.text import Example, sequential_batches
+from proxymoe.common.text import Example, collate, sequential_batches
 from proxymoe.server.profile import profile_domain, save_domain
 from proxymoe.simulations.ranking import ranked_quality
 from proxymoe.simulations.site import (
@@ -210,6 +210,18 @@ def public_loss(vector: np.ndarray | None, max_rows: int, max_tokens: int) -> di
     return losses
 
 
+def canary_loss(vector: np.ndarray | None, max_rows: int, max_tokens: int) -> float:
+    """Loss of the full model with an adapter on a few public rows of all domains, in one batch."""
+    worker = here()
+    loaded = worker.mounted(None)
+    domains = worker.site.experiment.evaluate.public_domains
+    rows = [row for domain in domains for row in worker.public(domain, max_rows, max_tokens)]
+    with AttachedAdapter(loaded.model, worker.site.layout) as adapter:
+        if vector is not None:
+            adapter.bind(torch.from_numpy(vector))
+        return token_quality(loaded.model, [collate(rows)]).loss
+
+
 def _device(worker: Worker, name: str, plan: Plan, loaded: LoadedModel) -> Device:
     if plan.base != worker.site.base:
         raise PlanError(
@@ -224,6 +236,7 @@ __all__ = [
     "VirtualDevice",
     "answer",
     "answer_alone",
+    "canary_loss",
     "evaluate",
     "here",
     "profile",
