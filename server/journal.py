@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ class Journal:
 
     def write(self, state: FederationState, report: RoundReport) -> None:
         """Makes a completed round durable and forgets states that nobody needs any more."""
-        write_json(self._reports / f"{state.round:05d}.json", dataclasses.asdict(report))
+        entry = dataclasses.asdict(report)
+        if not math.isfinite(report.canary_loss):
+            entry["canary_loss"] = None  # JSON knows no NaN
+        write_json(self._reports / f"{state.round:05d}.json", entry)
         tensors = {
             "adapter": state.adapter,
             "momentum": state.strategy.momentum,
@@ -43,11 +47,14 @@ class Journal:
 
         Raises:
             LayoutMismatch: the run on disk has an adapter of another size.
+            CheckpointError: the newest state is damaged.
         """
         paths = sorted(self._states.glob("*.safetensors"))
         if not paths:
             return initial_state(size)
         tensors = read_tensors(paths[-1])
+        if set(tensors) != {"adapter", "momentum", "variance"}:
+            raise CheckpointError(f"{paths[-1]}: no state of a run; remove it to go on before it")
         if tensors["adapter"].numel() != size:
             raise LayoutMismatch(
                 f"{paths[-1]}: adapter of {tensors['adapter'].numel()} parameters, expected "

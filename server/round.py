@@ -5,6 +5,7 @@ candidate, and commit it only if the full model still reads public text as befor
 values and returns a value; who carries the bytes is the transport's business.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -115,6 +116,8 @@ def run_round(
     for name, content in transport.exchange(tasks):
         uplink += len(content)
         try:
+            if name not in tasks:
+                raise ProtocolError("the device was not asked in this round")
             reply, vector = _checked(federation, name, number, content)
             weight = 1.0
             summation.add(name, federation.members[name].layout, torch.from_numpy(vector), weight)
@@ -162,18 +165,19 @@ def run_round(
 def sample_cohort(names: list[str], size: int | None, seed: int, number: int) -> list[str]:
     """The devices of a round: as many as asked for, every device equally often over the rounds.
 
-    Rounds deal from one shuffled deck after another; each deck holds every device once.
+    Rounds deal from one shuffled deck after another, and each deck holds every device once. Who
+    has a card in a round that two decks share comes last in the second, so no round has twins.
     """
     if size is None or size >= len(names):
         return sorted(names)
-    start, dealt = (number - 1) * size, list[str]()
-    deck = start // len(names)
-    while len(dealt) < size:
-        order = np.random.default_rng([seed, deck]).permutation(len(names))
-        cards = [sorted(names)[i] for i in order][max(0, start - deck * len(names)) :]
-        dealt += [name for name in cards if name not in dealt][: size - len(dealt)]
-        deck += 1
-    return sorted(dealt)
+    dealt: list[str] = []
+    for deck in itertools.count():
+        order = np.random.default_rng([seed, deck]).permutation(sorted(names)).tolist()
+        unfinished = dealt[len(dealt) - len(dealt) % size :]
+        dealt += sorted(order, key=unfinished.__contains__)
+        if len(dealt) >= number * size:
+            break
+    return sorted(dealt[(number - 1) * size : number * size])
 
 
 def task_seed(seed: int, number: int, device: str) -> int:
