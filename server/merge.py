@@ -5,18 +5,20 @@ bit-identical to the base model's. The merged checkpoint has the base model's ow
 and types; only tensors with a delta differ: W + s·B·A, computed in fp32, rounded once.
 
 Memory: one tensor. The folder appears whole or not at all; a merge that was interrupted goes on
-with the first shard that is missing.
+with the first shard that is missing, if it is asked for the same merge again.
 """
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from proxymoe.common.adapter import AdapterLayout, Block, delta_weight
 from proxymoe.common.checkpoint import INDEX, TensorRange, bytes_of, tensor_from, write_checkpoint
-from proxymoe.common.errors import CheckpointError
+from proxymoe.common.errors import CheckpointError, LayoutMismatch
+from proxymoe.common.files import digest_of
 from proxymoe.common.manifest import COMPANIONS, Piece
 from proxymoe.server.base import BaseCheckpoint
 
@@ -31,18 +33,20 @@ def merge(
     """Writes the base model with the adapter (P,) merged into `target`, and returns it.
 
     Raises:
-        CheckpointError: `target` exists already.
-        LayoutMismatch: the vector does not fit the layout.
+        CheckpointError: `target` exists already, or a merged weight is not finite.
+        LayoutMismatch: the vector does not fit the layout, or the layout not the base model.
     """
     if target.exists():
         raise CheckpointError(f"{target} exists; merge into a new folder")
     deltas = _Deltas(layout, vector)
+    deltas.require(base)
     pieces = {piece.source: piece for piece in base.pieces}
     shards: dict[str, dict[str, TensorRange]] = {}
     for name, place in base.checkpoint.ranges.items():
         shards.setdefault(place.file, {})[name] = place
 
-    partial = target.with_name(f"{target.name}.partial")
+    work = digest_of(base.digest.encode(), layout.digest.encode(), bytes_of(vector))
+    partial = target.with_name(f"{target.name}.{work[:12]}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     for done, (file, places) in enumerate(shards.items()):
         progress(done, len(shards))
@@ -68,6 +72,17 @@ class _Deltas:
             parameter = block.module if block.expert is not None else f"{block.module}.weight"
             self._blocks[parameter, block.expert] = (block, trained)
 
+    def require(self, base: BaseCheckpoint) -> None:
+        """Raises LayoutMismatch unless every block changes a weight of this base model."""
+        shapes = {(p.target, p.expert): p.shape for p in base.pieces}
+        for key, (block, _) in self._blocks.items():
+            fused = 2 if block.module.endswith(".gate_up_proj") else 1
+            if shapes.get(key) != (block.out_features // fused, block.in_features):
+                raise LayoutMismatch(
+                    f"{block.module} ({block.out_features} from {block.in_features}) is no weight "
+                    f"of base model {base.digest[:12]}; the adapter is for another one"
+                )
+
     def of(self, piece: Piece) -> Tensor | None:
         """The change of this piece's tensor in fp32, or None."""
         found = self._blocks.get((piece.target, piece.expert))
@@ -87,4 +102,7 @@ def _merged(base: BaseCheckpoint, name: str, piece: Piece | None, deltas: _Delta
     if delta is None or piece is None:
         return content
     weight = tensor_from(content, piece.dtype, piece.shape)
-    return bytes_of((weight.float() + delta).to(weight.dtype))
+    merged = (weight.float() + delta).to(weight.dtype)
+    if not bool(torch.isfinite(merged).all()):
+        raise CheckpointError(f"{name} is not finite after the merge; is the adapter damaged?")
+    return bytes_of(merged)
