@@ -21,7 +21,7 @@ simulate: $(STAMP) ## run the default experiment on the shipped model and data (
 	@$(BIN)/proxymoe-simulate $(ARGS)
 
 compare: $(STAMP) ## compare the ways to choose experts, at equal bytes
-	@$(BIN)/proxymoe-simulate compare $(ARGS)
+	@$(BIN)/proxymoe-simulate simulations/experiments/compare.toml $(ARGS)
 
 test: check ## run every check, then the tests (a subset: ARGS="tests/common -k plan")
 	$(BIN)/pytest $(ARGS)

@@ -58,11 +58,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def predicted_states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states at the predicted positions, (N, D).
 
-    Padding is on the right and attention is causal, so padding needs no mask; it is kept out of
-    the experts.
+    Examples that share a row do not see each other, and padding is kept out of the experts.
     """
     with only_valid_tokens(batch.valid):
-        output = model.base_model(input_ids=batch.tokens, use_cache=False)
+        output = model.base_model(
+            input_ids=batch.tokens,
+            attention_mask=batch.attention_mask(model.dtype),
+            position_ids=batch.positions,
+            use_cache=False,
+        )
     hidden: Tensor = output.last_hidden_state
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.where)
 

@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from proxymoe.common.errors import DataError
 
-LENGTH_STEP = 8
-"""Batches are padded to a multiple of this many tokens: few shapes, few compiled kernels."""
+LENGTH_STEP = 16
+"""Rows are a multiple of this many tokens long: few shapes, few compiled kernels."""
+MIN_ROW = 64
+"""Tokens of the shortest row; short examples share it."""
 TARGET_STEP = 32
 """Predicted positions of a batch are padded to a multiple of this."""
-POOL = 8
-"""Batches whose examples are sorted by length together."""
 IGNORED = -100
 """Target of a padded position."""
 
@@ -66,16 +66,30 @@ class Examples:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B examples padded on the right to L tokens, with N predicted positions."""
+    """Examples packed into B rows of L tokens, with N predicted positions."""
 
     tokens: Tensor
     """(B, L) int64."""
-    valid: Tensor
-    """(B, L) bool, False for padding."""
+    positions: Tensor
+    """(B, L) int64, position of each token within its example."""
+    owners: Tensor
+    """(B, L) int64, number of the example within its row, from 1; 0 for padding."""
     where: Tensor
     """(N,) positions in the flattened (B·L) whose next token is predicted."""
     targets: Tensor
     """(N,) the tokens to predict, `IGNORED` where padded."""
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, L) bool, False for padding."""
+        return self.owners > 0
+
+    def attention_mask(self, dtype: torch.dtype) -> Tensor:
+        """(B, 1, L, L) additive: a token sees its own example up to itself."""
+        same = self.owners[:, :, None] == self.owners[:, None, :]
+        mask = torch.zeros(same.shape, dtype=dtype)
+        mask.masked_fill_(~same.tril_(), torch.finfo(dtype).min)
+        return mask[:, None]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -132,25 +146,24 @@ def tokenise(
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """One batch of the examples, padded to rounded shapes."""
-    length = _round_up(max(len(example.tokens) for example in examples), LENGTH_STEP)
-    tokens = torch.zeros(len(examples), length, dtype=torch.long)
-    valid = torch.zeros(len(examples), length, dtype=torch.bool)
-    where: list[int] = []
-    targets: list[int] = []
-    for row, example in enumerate(examples):
-        count = len(example.tokens)
-        tokens[row, :count] = torch.tensor(example.tokens)
-        valid[row, :count] = True
-        where += range(row * length + example.start - 1, row * length + count - 1)
-        targets += example.tokens[example.start :]
-    padding = _round_up(len(targets), TARGET_STEP) - len(targets)
-    return Batch(
-        tokens,
-        valid,
-        torch.tensor(where + [0] * padding),
-        torch.tensor(targets + [IGNORED] * padding),
-    )
+    """One batch of the examples, several to a row, in rounded shapes.
+
+    Rows are as long as the longest example or MIN_ROW; examples go, longest first, into the first
+    row with room. Packing wastes few tokens whatever the lengths, so batches can be random.
+    """
+    longest = max(len(example.tokens) for example in examples)
+    length = max(MIN_ROW, _round_up(longest, LENGTH_STEP))
+    rows: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=lambda example: -len(example.tokens)):
+        size = len(example.tokens)
+        at = next((i for i, free in enumerate(room) if free >= size), len(rows))
+        if at == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[at].append(example)
+        room[at] -= size
+    return _packed(rows, length)
 
 
 def shuffled_batches(
@@ -158,29 +171,45 @@ def shuffled_batches(
 ) -> list[Batch]:
     """`num_batches` random batches of exactly `batch_size` examples.
 
-    Neighbours in length share a batch, out of windows of POOL batches, which saves padding. Windows
-    are dealt from one permutation of all examples after another; of the last window the batches
-    are a random choice. A data set smaller than a batch is repeated within it, so shapes never
-    change.
+    They are dealt from one permutation of all examples after another, so every example is used
+    equally often up to one; a data set smaller than a batch is repeated within it.
     """
-    num_windows = -(-num_batches // POOL)
     order: list[int] = []
-    while len(order) < num_windows * POOL * batch_size:
+    while len(order) < batch_size * num_batches:
         order += rng.permutation(len(examples)).tolist()
-    batches: list[Batch] = []
-    for start in range(0, num_windows * POOL, POOL):
-        window = order[start * batch_size : (start + POOL) * batch_size]
-        window.sort(key=lambda i: len(examples[i].tokens))
-        for at in rng.permutation(POOL)[: num_batches - len(batches)]:
-            chunk = window[at * batch_size : (at + 1) * batch_size]
-            batches.append(collate([examples[i] for i in chunk]))
-    return batches
+    chunks = (order[i * batch_size : (i + 1) * batch_size] for i in range(num_batches))
+    return [collate([examples[i] for i in chunk]) for chunk in chunks]
 
 
 def sequential_batches(examples: Sequence[Example], batch_size: int) -> list[Batch]:
     """All examples once, in batches of similar length."""
     order = sorted(examples, key=lambda example: len(example.tokens))
     return [collate(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+
+
+def _packed(rows: list[list[Example]], length: int) -> Batch:
+    tokens, positions, owners = torch.zeros(3, len(rows), length, dtype=torch.long).unbind()
+    where: list[int] = []
+    targets: list[int] = []
+    for row, members in enumerate(rows):
+        first = 0
+        for number, example in enumerate(members, start=1):
+            end = first + len(example.tokens)
+            tokens[row, first:end] = torch.tensor(example.tokens)
+            positions[row, first:end] = torch.arange(end - first)
+            owners[row, first:end] = number
+            at = row * length + first
+            where += range(at + example.start - 1, at + len(example.tokens) - 1)
+            targets += example.tokens[example.start :]
+            first = end
+    padding = _round_up(len(targets), TARGET_STEP) - len(targets)
+    return Batch(
+        tokens,
+        positions,
+        owners,
+        torch.tensor(where + [0] * padding),
+        torch.tensor(targets + [IGNORED] * padding),
+    )
 
 
 def _checked_row(line: str, place: str) -> dict[str, Any]:

@@ -3,20 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from proxymoe.common.files import write_json
 
 COLUMNS = {
-    "base": "base",
-    "proxy_untuned": "proxy\nuntuned",
-    "proxy_tuned": "proxy\nfederated",
-    "plugged": "full model\nplugged",
+    "base": "base\nmodel",
+    "proxy_untuned": "proxy\nas cut",
+    "proxy_tuned": "proxy\ntuned",
+    "plugged": "plug-\nged",
     "local_only": "local\nonly",
-    "plugged_personal": "plugged +\npersonal",
-    "full_tuned": "full model\nalone",
+    "plugged_personal": "plus\nown",
+    "full_tuned": "full,\nalone",
 }
+"""Titles of the qualities; all but the proxy's are measured on the full model."""
 
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> Path:
@@ -31,11 +33,11 @@ def show(metrics: dict[str, Any], console: Console) -> None:
     if metrics["summary"].get("comparison"):
         show_comparison(metrics, console)
         return
-    devices = metrics["devices"]
+    devices, mean = metrics["devices"], metrics["summary"]["mean"]
     shown = {key: title for key, title in COLUMNS.items() if any(d[key] for d in devices)}
-    table = Table(title=f"{metrics['experiment']}: accuracy (loss in nats per token)")
-    table.add_column("device")
-    table.add_column("experts\nkept", justify="right")
+    table = _table(f"{metrics['experiment']}: accuracy per device")
+    table.add_column("device", no_wrap=True)
+    table.add_column("kept", justify="right")
     table.add_column("MB", justify="right")
     for title in shown.values():
         table.add_column(title, justify="right")
@@ -46,12 +48,13 @@ def show(metrics: dict[str, Any], console: Console) -> None:
             device["name"],
             f"{device['kept_fraction']:.0%}",
             f"{device['bytes'] / 1e6:.1f}",
-            *(_quality(device[key]) for key in shown),
+            *(_number(device[key], "accuracy") for key in shown),
             "" if peak is None else f"{peak:.0f}",
         )
-    mean = metrics["summary"]["mean"]
     table.add_section()
-    table.add_row("mean", "", "", *(_quality(mean.get(key)) for key in shown), "", style="bold")
+    for key, title in (("accuracy", "mean"), ("loss", "mean loss, nats")):
+        cells = (_number(mean.get(column), key) for column in shown)
+        table.add_row(title, "", "", *cells, "", style="bold")
     console.print(table)
     summary = metrics["summary"]
     rounds = metrics["rounds"]
@@ -71,7 +74,7 @@ def show_comparison(metrics: dict[str, Any], console: Console) -> None:
         rows = [r for r in metrics["summary"]["comparison"] if r["setting"] == setting]
         if not rows:
             continue
-        table = Table(title=f"{metrics['experiment']}, {setting}: plugged back into the full model")
+        table = _table(f"{metrics['experiment']}, {setting}: plugged back into the full model")
         for title in ("mode", "router", "kept", "MB", "accuracy", "loss"):
             table.add_column(title, justify="left" if title in ("mode", "router") else "right")
         for title in (
@@ -115,5 +118,10 @@ def comparison_cells(row: dict[str, Any], width: int) -> list[str]:
     return cells[:width]
 
 
-def _quality(value: dict[str, float] | None) -> str:
-    return "–" if value is None else f"{value['accuracy']:.3f} ({value['loss']:.2f})"
+def _table(title: str) -> Table:
+    """A table that fits 80 columns."""
+    return Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+
+
+def _number(value: dict[str, float] | None, key: str) -> str:
+    return "–" if value is None else f"{value[key]:.3f}"

@@ -202,7 +202,8 @@ def summary(
 ) -> dict[str, Any]:
     """Means over devices, forgetting on public text, and the digest that names the adapter."""
     means = {}
-    for what in ("base", "proxy_tuned", "plugged", "plugged_personal", "local_only", "full_tuned"):
+    names = ("base", "proxy_untuned", "proxy_tuned", "plugged", "plugged_personal")
+    for what in (*names, "local_only", "full_tuned"):
         found = [device[what] for device in devices if device[what] is not None]
         if found:
             means[what] = {k: float(np.mean([q[k] for q in found])) for k in ("accuracy", "loss")}

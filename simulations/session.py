@@ -12,11 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeE
 from proxymoe.common.config import Experiment
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.simulations.compare import run_comparison
+from proxymoe.simulations.federate import federate
 from proxymoe.simulations.memory import MemoryWatch
 from proxymoe.simulations.plots import write_plots
 from proxymoe.simulations.pool import WorkerPool
 from proxymoe.simulations.report import show, write_metrics
-from proxymoe.simulations.run import Stage, run_experiment
+from proxymoe.simulations.run import Federate, Stage, run_experiment
 from proxymoe.simulations.site import Site
 from proxymoe.simulations.world import World, open_site, profile_base
 
@@ -30,7 +31,7 @@ def run(
     site, base = open_site(experiment, cache)
     watch = MemoryWatch()
     with watch, _progress(console) as stage:
-        metrics = _metrics(site, base, folder, cache, stage)
+        metrics = _metrics(site, base, folder, cache, stage, over_flower)
     metrics["summary"]["wall_seconds"] = time.monotonic() - started
     metrics["summary"]["peak_rss_mb"] = watch.peak_mb
     path = write_metrics(folder, metrics)
@@ -41,14 +42,23 @@ def run(
 
 
 def _metrics(
-    site: Site, base: BaseCheckpoint, folder: Path, cache: Path, stage: Stage
+    site: Site, base: BaseCheckpoint, folder: Path, cache: Path, stage: Stage, over_flower: bool
 ) -> dict[str, Any]:
     with WorkerPool(site, site.experiment.workers) as pool:
         world = World(site, base, profile_base(pool, base, cache, stage))
         if not site.experiment.compare.seeds:
-            return run_experiment(world, pool, folder, stage)
+            return run_experiment(world, pool, folder, stage, _rounds(site, over_flower))
     # The comparison opens a pool per seed: the seed is part of what a worker holds.
     return run_comparison(world, folder, stage)
+
+
+def _rounds(site: Site, over_flower: bool) -> Federate:
+    if not over_flower:
+        return federate
+    # Flower takes a second to import and is not needed otherwise.
+    from proxymoe.simulations.flower import flower_backend  # noqa: PLC0415
+
+    return flower_backend(site)
 
 
 @contextmanager
