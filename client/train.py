@@ -48,7 +48,8 @@ def tune(
     batches = shuffled_batches(examples, settings.batch_size, settings.steps, rng)
     model, losses = loaded.model, list[float]()
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # only reentrant checkpoints need it
         model.train()
     try:
         with AttachedAdapter(model, layout) as adapter:
@@ -67,7 +68,7 @@ def tune(
                 optimizer.zero_grad(set_to_none=True)
     finally:
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
             model.eval()
     tuned = vector.detach()
     if not bool(torch.isfinite(tuned).all()):

@@ -80,7 +80,7 @@ class TrainSettings(Section):
     batch_size: int = Field(default=8, ge=1)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """`sgd` suits few local steps under an adaptive server strategy."""
-    learning_rate: float = Field(default=1e-2, gt=0)
+    learning_rate: float = Field(default=1e-2, gt=0, le=1e6)
     warmup_steps: int = Field(default=2, ge=0)
     decay: bool = False
     """Whether the learning rate falls linearly to zero within these steps."""

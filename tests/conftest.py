@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
+import proxymoe.simulations.site as site
 from tests.tiny import FAMILIES, TinyBase
 
 torch.set_num_threads(1)
@@ -46,3 +47,11 @@ def model(request: pytest.FixtureRequest, tiny: Callable[[str], TinyBase]) -> Ti
 def qwen(tiny: Callable[[str], TinyBase]) -> TinyBase:
     """One tiny checkpoint, where a law does not depend on the family."""
     return tiny("qwen2_moe")
+
+
+@pytest.fixture(scope="session")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
+    """The model that comes with the repository."""
+    base = TinyBase("tiny-moe", tmp_path_factory.mktemp("shipped"))
+    base.folder = site.asset("tiny-moe")
+    return base

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import proxymoe.simulations.site as site
 from proxymoe.common.experts import (
     ExpertAdapter,
     Redirect,
@@ -16,7 +15,6 @@ from proxymoe.common.experts import (
 )
 from proxymoe.common.model import load
 from proxymoe.common.moe import keep_experts, moe_layers
-from proxymoe.server.base import BaseCheckpoint
 from tests.tiny import FAMILIES, assert_near, logits, some_tokens, stock, tiny_model
 
 KEPT = [0, 2, 3, 6]
@@ -203,14 +201,12 @@ def test_a_stock_model_has_no_state_to_ask_for():
         expert_state(nn.Module())
 
 
-def test_bf16_is_as_accurate_as_the_stock_backend_on_the_shipped_model(tmp_path):
-    base = BaseCheckpoint(site.asset("tiny-moe"))
-    folder = base.materialise(base.keep_all(), tmp_path / "full")
-    reference, tokens = stock(base.folder), torch.arange(5, 5 + 96).view(2, 48)
-    ours_bf16 = logits(load(folder).model, tokens)
+def test_bf16_is_as_accurate_as_the_stock_backend_on_the_shipped_model(shipped):
+    reference, tokens = stock(shipped.folder), torch.arange(5, 5 + 96).view(2, 48)
+    ours_bf16 = logits(shipped.full.model, tokens)
     reference.set_experts_implementation("grouped_mm")
     theirs_bf16 = logits(reference, tokens)
     assert ours_bf16.dtype == theirs_bf16.dtype == torch.bfloat16
     exact = logits(reference.float(), tokens)
-    assert_near(logits(load(folder, torch.float32).model, tokens), exact, 1e-4)
+    assert_near(logits(load(shipped.full_folder, torch.float32).model, tokens), exact, 1e-4)
     assert (ours_bf16 - exact).norm() <= 1.1 * (theirs_bf16 - exact).norm()
