@@ -274,7 +274,7 @@ def _federated_cells(
             title = f"{prefix} {labels['saliency'] or 'full'}/{labels['mode']}"
             outcome = federate(
                 federation,
-                pool_transports(pool, plans, measure=False),
+                pool_transports(pool, plans),
                 Journal(folder / key),
                 partial(_round_done, stage, title, total),
             )

@@ -95,10 +95,15 @@ def federate(
 
 
 def pool_transports(
-    pool: WorkerPool, plans: Mapping[str, Plan], measure: bool
+    pool: WorkerPool, plans: Mapping[str, Plan], measured_rounds: int = 0
 ) -> Callable[[int], Transport]:
-    """In-process transports; with `measure`, round 1 runs every device in its own process."""
-    return lambda number: PoolTransport(pool, plans, measure and number == 1)
+    """In-process transports; in the first rounds every device works in a process of its own."""
+    return lambda number: PoolTransport(pool, plans, number <= measured_rounds)
+
+
+def first_deck(num_devices: int, cohort_size: int | None) -> int:
+    """Rounds until every device has been asked once."""
+    return -(-num_devices // min(cohort_size or num_devices, num_devices))
 
 
 def _log(report: RoundReport) -> None:

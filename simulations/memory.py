@@ -7,7 +7,8 @@ from typing import Self
 
 import psutil
 
-INTERVAL_SECONDS = 1.0
+INTERVAL_SECONDS = 4.0
+"""Summing a process's pages takes the kernel tens of milliseconds."""
 
 
 class MemoryWatch:

@@ -17,8 +17,8 @@ from proxymoe.common.loss import Quality
 from proxymoe.common.model import LoadedModel
 from proxymoe.common.text import Example
 
-LENGTH_STEP = 16
-TOKENS_PER_BATCH = 2048
+LENGTH_STEP = 8
+TOKENS_PER_BATCH = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from proxymoe.simulations.federate import (
     Outcome,
     federate,
     federation_of,
+    first_deck,
     pool_transports,
 )
 from proxymoe.simulations.pool import WorkerPool, result_of
@@ -67,7 +68,7 @@ def run_experiment(
     federation = federation_of(pool, plans, experiment, run=experiment.digest[:32])
     outcome = run_rounds(
         federation,
-        pool_transports(pool, plans, measure=True),
+        pool_transports(pool, plans, first_deck(len(plans), experiment.federation.cohort_size)),
         Journal(folder),
         lambda report: stage("federate", report.round, total),
     )
@@ -175,7 +176,7 @@ def device_metrics(
     names = ("base", "proxy_untuned", "proxy_tuned", "plugged", "plugged_personal")
     table = {n: qualities.get(n) for n in (*names, "local_only", "full_tuned")}
     full, base, plugged = table["full_tuned"], qualities["base"], qualities["plugged"]
-    first = reports[0] if reports else {"peak_rss_mb": {}}
+    peaks = (report["peak_rss_mb"][name] for report in reports if name in report["peak_rss_mb"])
     return {
         "name": name,
         "domain": cut.device.domain,
@@ -186,7 +187,7 @@ def device_metrics(
         **{n: None if q is None else asdict(q) for n, q in table.items()},
         "recovered_gain": None if full is None else recovered(base, plugged, full),
         "gap_nats": None if full is None else plugged.loss - full.loss,
-        "peak_rss_mb": first["peak_rss_mb"].get(name),
+        "peak_rss_mb": next(peaks, None),
         "seconds": sum(report["seconds"].get(name, 0.0) for report in reports),
     }
 

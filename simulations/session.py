@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 
@@ -28,6 +29,7 @@ def run(
     """Runs an experiment, or goes on with one; metrics, plots and adapter end up in `folder`."""
     console.print(f"[bold]{experiment.name}[/] → {folder}", highlight=False)
     started = time.monotonic()
+    torch.set_num_threads(1)  # The workers have the cores; more threads here would only spin.
     site, base = open_site(experiment, cache)
     watch = MemoryWatch()
     with watch, _progress(console) as stage:

@@ -5,7 +5,9 @@ experts' weights are selected, trunk and router are shared. Mounted and material
 compute the same bits (a test holds them to it), and memory does not grow with devices.
 """
 
+import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,6 +43,7 @@ from proxymoe.simulations.site import (
 )
 
 EVALUATION_BATCH = 16
+ORPHAN_POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +113,9 @@ _worker: Worker | None = None
 
 
 def start(site: Site) -> None:
-    """Makes this process a worker; interrupts are the parent's business."""
+    """Makes this process a worker; interrupts are the business of the run that started it."""
     global _worker  # noqa: PLW0603  a worker process has exactly one worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    _obey()
     _worker = Worker(site)
 
 
@@ -142,8 +144,7 @@ def answer(name: str, plan: Plan, task: bytes) -> bytes:
 
 def answer_alone(site: Site, name: str, plan: Plan, task: bytes) -> bytes:
     """The same in a process of its own, from the materialised submodel: memory as on a device."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    _obey()
     loaded = load(site.submodels / plan.digest, compute_dtype(site.experiment.train.dtype))
     device = site.device(name)
     examples = device_examples(device, "train", loaded.tokenizer, site.experiment)
@@ -220,6 +221,20 @@ def canary_loss(vector: np.ndarray | None, max_rows: int, max_tokens: int) -> fl
         if vector is not None:
             adapter.bind(torch.from_numpy(vector))
         return token_quality(loaded.model, [collate(rows)]).loss
+
+
+def _obey() -> None:
+    """One thread, no interrupts of its own, and no life beyond the run that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = os.getppid()
+
+    def leave_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(ORPHAN_POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, name="orphan-watch", daemon=True).start()
 
 
 def _device(worker: Worker, name: str, plan: Plan, loaded: LoadedModel) -> Device:
