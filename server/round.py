@@ -8,7 +8,7 @@ values and returns a value; who carries the bytes is the transport's business.
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -143,21 +143,15 @@ def run_round(
         state = FederationState(number, candidate, strategy_state)
     else:
         state = FederationState(number, state.adapter, state.strategy)
-    limit = federation.settings.clip_norm
     report = RoundReport(
         round=number,
         committed=committed,
         canary_loss=canary_loss,
-        num_updates=len(replies),
         refused=refused,
-        losses={name: (r.first_loss, r.last_loss) for name, r in sorted(replies.items())},
-        norms={name: r.norm for name, r in sorted(replies.items())},
-        clipped=sum(reply.norm > limit for reply in replies.values()),
         skipped_blocks=int((total.weight == 0).sum()),
         uplink_bytes=uplink,
         downlink_bytes=sum(map(len, tasks.values())),
-        seconds={name: r.seconds for name, r in sorted(replies.items())},
-        peak_rss_mb={name: r.peak_rss_mb for name, r in sorted(replies.items())},
+        **_summary(replies, federation.settings.clip_norm),
     )
     return state, report
 
@@ -215,6 +209,19 @@ def server_rate(settings: FederationSettings, number: int) -> float:
 def _decay(settings: FederationSettings, final: float, number: int) -> float:
     progress = (number - 1) / max(1, settings.rounds - 1)
     return 1.0 - (1.0 - final) * min(1.0, progress)
+
+
+def _summary(replies: Mapping[str, TrainReply], limit: float) -> dict[str, Any]:
+    """The part of a report that the devices' own words make up, in the order of their names."""
+    ordered = sorted(replies.items())
+    return {
+        "num_updates": len(ordered),
+        "losses": {name: (reply.first_loss, reply.last_loss) for name, reply in ordered},
+        "norms": {name: reply.norm for name, reply in ordered},
+        "clipped": sum(reply.norm > limit for _, reply in ordered),
+        "seconds": {name: reply.seconds for name, reply in ordered},
+        "peak_rss_mb": {name: reply.peak_rss_mb for name, reply in ordered},
+    }
 
 
 def _checked(

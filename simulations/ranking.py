@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from proxymoe.common.errors import DataError
 from proxymoe.common.experts import only_valid_tokens
 from proxymoe.common.loss import Quality
 from proxymoe.common.model import LoadedModel
@@ -77,9 +78,19 @@ def ranked_quality(
         loaded: the model; an adapter attached to it is in effect.
         examples: prompts with the right completion, which must be among the candidates.
         candidates: token sequences with their end token.
+
+    Raises:
+        DataError: a right completion is no candidate.
     """
     tree = AnswerTree.of(candidates)
     gold_of = {candidate: i for i, candidate in enumerate(candidates)}
+    for example in examples:
+        if example.tokens[example.start :] not in gold_of:
+            raise DataError(
+                f"an answer of {example.num_targets} tokens is not among the {len(candidates)} "
+                "candidates; every test answer must occur in the training rows, and max_tokens "
+                "must not cut it"
+            )
     right, loss, num_tokens = 0, 0.0, 0
     for batch in _batches(examples, tree):
         scores = _scores(loaded, [example.tokens[: example.start] for example in batch], tree)

@@ -12,6 +12,7 @@ from proxymoe.common.errors import DataError
 from proxymoe.common.text import (
     IGNORED,
     LENGTH_STEP,
+    MIN_ROW,
     TARGET_STEP,
     Example,
     TooLong,
@@ -222,20 +223,53 @@ def test_rows_that_are_too_long_are_refused_with_number_and_remedy():
         tokenise([ROW, long], TOKENIZER, 20, TooLong.REFUSE)
 
 
+def members(batch):
+    """The tokens of every example in a batch, row by row."""
+    return [
+        tuple(batch.tokens[row, batch.owners[row] == number].tolist())
+        for row in range(len(batch.tokens))
+        for number in range(1, int(batch.owners[row].max()) + 1)
+    ]
+
+
 @given(examples)
 def test_a_batch_predicts_every_completion_token_from_the_one_before(content):
     batch = collate(content)
-    assert batch.tokens.shape == batch.valid.shape
-    assert batch.tokens.shape[1] % LENGTH_STEP == 0
+    real = batch.targets != IGNORED
     assert batch.where.shape == batch.targets.shape
     assert len(batch.targets) % TARGET_STEP == 0
-    real = batch.targets != IGNORED
     assert int(real.sum()) == sum(example.num_targets for example in content)
-    assert torch.equal(batch.tokens.view(-1)[batch.where[real] + 1], batch.targets[real])
-    for row, example in enumerate(content):
-        assert tuple(batch.tokens[row, batch.valid[row]].tolist()) == example.tokens
-    expected = [token for example in content for token in example.tokens[example.start :]]
-    assert batch.targets[real].tolist() == expected
+    where = batch.where[real]
+    assert torch.equal(batch.tokens.view(-1)[where + 1], batch.targets[real])
+    assert torch.equal(batch.owners.view(-1)[where + 1], batch.owners.view(-1)[where])
+    expected = sorted(token for example in content for token in example.tokens[example.start :])
+    assert sorted(batch.targets[real].tolist()) == expected
+
+
+@given(examples)
+def test_a_batch_holds_every_example_once_in_rows_of_rounded_length(content):
+    batch = collate(content)
+    assert sorted(members(batch)) == sorted(example.tokens for example in content)
+    assert int(batch.valid.sum()) == sum(len(example.tokens) for example in content)
+    length = batch.tokens.shape[1]
+    assert length >= MIN_ROW
+    assert length % LENGTH_STEP == 0
+    # First fit: no two rows could have shared one.
+    filled = sorted(batch.valid.sum(1).tolist())
+    assert len(filled) == 1 or filled[0] + filled[1] > length
+
+
+@given(examples)
+def test_a_token_sees_its_own_example_up_to_itself(content):
+    batch = collate(content)
+    sees = batch.attention_mask(torch.float32)[:, 0] == 0
+    for row in range(len(batch.tokens)):
+        for number in range(1, int(batch.owners[row].max()) + 1):
+            (own,) = (batch.owners[row] == number).nonzero(as_tuple=True)
+            assert batch.positions[row, own].tolist() == list(range(len(own)))
+            assert torch.equal(sees[row, own][:, own], torch.ones(len(own), len(own)).tril().bool())
+            assert int(sees[row, own].sum()) == len(own) * (len(own) + 1) // 2
+    assert sees.any(-1).all()
 
 
 @given(examples, st.integers(1, 5), st.integers(1, 20), st.integers(0, 99))
@@ -245,10 +279,10 @@ def test_shuffled_batches_are_of_fixed_size_and_use_examples_equally_often(
     content = [Example((number, *e.tokens), e.start) for number, e in enumerate(content)]
     batches = shuffled_batches(content, size, count, np.random.default_rng(seed))
     assert len(batches) == count
-    assert all(len(batch.tokens) == size for batch in batches)
-    used = torch.cat([batch.tokens[:, 0] for batch in batches]).bincount(minlength=len(content))
-    assert int(used.sum()) == size * count
-    assert int(used.max() - used.min()) <= 1
+    assert all(len(members(batch)) == size for batch in batches)
+    drawn = [tokens[0] for batch in batches for tokens in members(batch)]
+    used = np.bincount(drawn, minlength=len(content))
+    assert used.max() - used.min() <= 1
     again = shuffled_batches(content, size, count, np.random.default_rng(seed))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(batches, again, strict=True))
 
@@ -256,20 +290,20 @@ def test_shuffled_batches_are_of_fixed_size_and_use_examples_equally_often(
 def test_another_seed_gives_another_order():
     content = [Example((number, 5), 1) for number in range(30)]
     first, second = (
-        [b.tokens[:, 0].tolist() for b in shuffled_batches(content, 4, 5, np.random.default_rng(s))]
-        for s in (0, 1)
+        [members(b) for b in shuffled_batches(content, 4, 5, np.random.default_rng(seed))]
+        for seed in (0, 1)
     )
     assert first != second
 
 
 def test_one_example_fills_a_batch():
     batches = shuffled_batches([one(ROW)], 4, 3, np.random.default_rng(0))
-    assert [batch.tokens.shape[0] for batch in batches] == [4, 4, 4]
+    assert [members(batch) for batch in batches] == [[one(ROW).tokens] * 4] * 3
 
 
 @given(examples, st.integers(1, 5))
 def test_sequential_batches_hold_every_example_once(content, size):
     batches = sequential_batches(content, size)
-    assert all(len(batch.tokens) <= size for batch in batches)
-    found = [tuple(b.tokens[r, b.valid[r]].tolist()) for b in batches for r in range(len(b.tokens))]
+    assert all(len(members(batch)) <= size for batch in batches)
+    found = [tokens for batch in batches for tokens in members(batch)]
     assert sorted(found) == sorted(example.tokens for example in content)

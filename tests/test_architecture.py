@@ -1,0 +1,139 @@
+"""The code keeps the shape that its readers were promised."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("client", "common", "server", "simulations")
+SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+GENERATED = ("_pb2.py", "_pb2_grpc.py")
+MAX_FILE_LINES = 320
+MAX_FUNCTION_LINES = 60
+MAX_IGNORED_TYPES = 15
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+sources = pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if not path.name.endswith(GENERATED)],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def is_public(name: str) -> bool:
+    return not name.startswith("_")
+
+
+@sources
+def test_a_module_says_what_it_is_for(path):
+    assert ast.get_docstring(tree(path)), f"{path}: no docstring"
+
+
+@sources
+def test_a_file_can_be_read_at_one_sitting(path):
+    count = len(path.read_text(encoding="utf-8").splitlines())
+    assert count <= MAX_FILE_LINES, f"{path}: {count} lines, the limit is {MAX_FILE_LINES}"
+
+
+@sources
+def test_a_function_can_be_seen_at_one_glance(path):
+    long = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(tree(path))
+        if isinstance(node, FUNCTIONS) and node.end_lineno is not None
+        if node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
+    }
+    assert not long, f"{path}: {long}, the limit is {MAX_FUNCTION_LINES} lines"
+
+
+@sources
+def test_public_names_are_explained(path):
+    mute = [
+        node.name
+        for node in tree(path).body
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and is_public(node.name)
+        if not ast.get_docstring(node)
+    ]
+    assert not mute, f"{path}: {mute} have no docstring"
+
+
+def test_types_are_ignored_rarely_and_never_wholesale():
+    lines = [line for path in SOURCES for line in path.read_text(encoding="utf-8").splitlines()]
+    ignored = [line.strip() for line in lines if "# type: ignore" in line]
+    assert all("# type: ignore[" in line for line in ignored)
+    assert len(ignored) <= MAX_IGNORED_TYPES, "\n".join(ignored)
+
+
+def test_every_package_folder_is_linked_and_no_file_bears_a_vague_name():
+    for name in PACKAGES:
+        assert (ROOT / "src" / "proxymoe" / name).resolve() == ROOT / name
+    vague = {"utils", "util", "helpers", "manager", "misc"}
+    assert not {path.stem for path in SOURCES} & vague
+
+
+def test_errors_of_users_have_one_root():
+    from proxymoe.common import errors
+
+    found = [value for value in vars(errors).values() if isinstance(value, type)]
+    assert len(found) > 5
+    assert all(issubclass(error, errors.ProxyMoEError) for error in found)
+    assert all(error.__name__ in (errors.__doc__ or "") for error in found)
+
+
+@pytest.mark.parametrize("module", ["config", "errors", "messages", "plan"])
+def test_protocol_files_do_not_name_torch(module):
+    imported = {
+        name.name.partition(".")[0]
+        for node in ast.walk(tree(ROOT / "common" / f"{module}.py"))
+        if isinstance(node, ast.Import)
+        for name in node.names
+    } | {
+        (node.module or "").partition(".")[0]
+        for node in ast.walk(tree(ROOT / "common" / f"{module}.py"))
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert "torch" not in imported
+
+
+def test_public_names_of_the_core_exist():
+    """What other packages, docs and notebooks may rely on."""
+    from proxymoe.common import (
+        adapter,
+        attach,
+        checkpoint,
+        config,
+        experts,
+        files,
+        loss,
+        manifest,
+        messages,
+        model,
+        moe,
+        peft_format,
+        plan,
+        text,
+    )
+
+    names = {
+        adapter: "AdapterLayout Block SCALE adapter_layout delta_weight factors frozen_factor",
+        attach: "AttachedAdapter",
+        checkpoint: "Checkpoint read_tensors tensor_from bytes_of write_checkpoint write_tensors",
+        config: "Experiment ExtractSettings FederationSettings TrainSettings load_experiment",
+        experts: "BACKEND Redirect ExpertAdapter expert_state install_backend only_valid_tokens",
+        files: "atomic_writer canonical_json digest_of write_bytes write_json",
+        loss: "Quality completion_loss token_quality",
+        manifest: "Manifest Piece materialise read_config read_plan",
+        messages: "TrainTask TrainReply Refusal encode decode",
+        model: "LoadedModel compute_dtype load",
+        moe: "MoELayer moe_layers keep_experts slice_router attention_linears",
+        peft_format: "export_peft import_peft peft_config",
+        plan: "LayerPlan Others Plan RouterMode keep_all",
+        text: "Batch Example TooLong collate read_rows shuffled_batches tokenise",
+    }
+    for module, wanted in names.items():
+        assert [name for name in wanted.split() if not hasattr(module, name)] == []
