@@ -1,0 +1,112 @@
+"""Flower edge of a device: two handlers that decode, call and encode.
+
+What goes wrong inside stays inside. The coordinator gets a refusal, or the text of a protocol
+error, or the name of an exception; never a message, a path or a stack trace.
+"""
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read once, when flwr is imported
+
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from proxymoe.client.personalize import Device, personalize
+from proxymoe.common.errors import ProtocolError
+from proxymoe.common.messages import (
+    CONTENT,
+    DESCRIBE,
+    RECORD,
+    TRAIN,
+    Description,
+    Refusal,
+    decode,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+FAILED = 2
+"""Flower's error code for a ClientApp that raised."""
+MAX_OPEN = 4
+"""Devices that one process keeps open."""
+
+OpenDevice = Callable[[Context], Device]
+"""Opens the device that a node is: its submodel, its layout, its private examples."""
+
+_open: OrderedDict[tuple[int, int], Device] = OrderedDict()
+# By run and node, least recently used first. It belongs to the process, not to a ClientApp:
+# Flower's simulation shares a process between nodes, and sends it a new ClientApp every time.
+
+
+def client_app(open_device: OpenDevice, max_open: int = MAX_OPEN) -> ClientApp:
+    """A ClientApp that answers for the devices that `open_device` opens.
+
+    At most `max_open` devices are open in a process at once; those unused for longest are closed.
+    """
+    app = ClientApp()
+
+    # These two may be pickled with all they name, so the work is in the functions of this module.
+    @app.query(DESCRIBE.partition(".")[2])
+    def describe(message: Message, context: Context) -> Message:
+        return _reply(message, lambda: _description(_device(open_device, context, max_open)))
+
+    @app.train(TRAIN.partition(".")[2])
+    def train(message: Message, context: Context) -> Message:
+        return _reply(message, lambda: _update(message, open_device, context, max_open))
+
+    return app
+
+
+def _description(device: Device) -> ConfigRecord:
+    described = Description(device=device.name, plan=device.loaded.plan.digest)
+    return ConfigRecord(described.model_dump())
+
+
+def _update(
+    message: Message, open_device: OpenDevice, context: Context, max_open: int
+) -> ConfigRecord:
+    record = message.content.get(RECORD)
+    task = record.get(CONTENT) if isinstance(record, ConfigRecord) else None
+    if not isinstance(task, bytes):
+        raise ProtocolError("a message without a task")
+    try:
+        reply = personalize(_device(open_device, context, max_open), task)
+    except ProtocolError:
+        raise
+    except Exception:
+        log.exception("a task failed on this device")
+        reply = _refusal(task)
+    return ConfigRecord({CONTENT: reply})
+
+
+def _refusal(task: bytes) -> bytes:
+    header, _ = decode(task)
+    address = {"run", "round", "device", "base", "plan", "layout"}
+    return encode(Refusal(**header.model_dump(include=address), reason="failed"))
+
+
+def _reply(message: Message, answer: Callable[[], ConfigRecord]) -> Message:
+    """The answer, or an error reply that gives nothing private away."""
+    try:
+        return Message(RecordDict({RECORD: answer()}), reply_to=message)
+    except ProtocolError as error:
+        reason = str(error)
+    except Exception as error:
+        log.exception("a message failed on this device")
+        reason = f"the device failed ({type(error).__name__})"
+    return Message(Error(FAILED, reason), reply_to=message)
+
+
+def _device(open_device: OpenDevice, context: Context, max_open: int) -> Device:
+    """The node's device, opened if it is not open yet."""
+    key = (context.run_id, context.node_id)
+    if key not in _open:
+        while len(_open) >= max_open:
+            _open.popitem(last=False)
+        _open[key] = open_device(context)
+    _open.move_to_end(key)
+    return _open[key]
