@@ -13,9 +13,6 @@ for name, value in (
     ("FLWR_TELEMETRY_ENABLED", "0"),
     ("FLWR_DISABLE_UPDATE_CHECK", "1"),
     ("RAY_USAGE_STATS_ENABLED", "0"),
-    # glibc keeps freed activations in per-thread arenas; given back, a worker needs a third less.
-    ("MALLOC_ARENA_MAX", "1"),
-    ("MALLOC_TRIM_THRESHOLD_", "131072"),
 ):
     # Before any of these libraries is imported, here and in every worker. Nothing phones home.
     os.environ.setdefault(name, value)

@@ -25,8 +25,8 @@ from proxymoe.simulations.pool import PoolTransport, WorkerPool
 
 log = logging.getLogger(__name__)
 
-CANARY_ROWS = 4
-CANARY_TOKENS = 48
+CANARY_ROWS = 3
+CANARY_TOKENS = 40
 """Rows and tokens per row and public domain that every round's candidate must still read."""
 
 

@@ -35,7 +35,8 @@ class WorkerPool:
         context.set_forkserver_preload(PRELOADED)
         self.site = site
         self._warm = ProcessPoolExecutor(workers, context, worker.start, (site,))
-        self._solo = ProcessPoolExecutor(workers, context, max_tasks_per_child=1)
+        # One at a time: a measured device has the machine's memory to itself, like a real one.
+        self._solo = ProcessPoolExecutor(1, context, max_tasks_per_child=1)
 
     def submit(self, job: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> "Future[R]":
         """Runs a job of `worker` on a warm worker."""
