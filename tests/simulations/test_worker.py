@@ -1,6 +1,5 @@
 """Virtual devices compute what real ones compute."""
 
-import json
 import signal
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from proxymoe.common.config import Experiment, ExtractSettings
+from proxymoe.common.config import ExtractSettings
 from proxymoe.common.errors import ConfigError, PlanError
 from proxymoe.common.messages import TrainReply, TrainTask, decode, encode
 from proxymoe.common.model import load
@@ -17,8 +16,9 @@ from proxymoe.server.profile import Profile, load_profile
 from proxymoe.simulations import worker
 from proxymoe.simulations.site import asset, device_examples, virtual_devices
 from proxymoe.simulations.worker import Worker
-from proxymoe.simulations.world import World, open_site
-from tests.tiny import logits, save_tiny
+from proxymoe.simulations.world import World
+from tests.tiny import logits
+from tests.worlds import tiny_site
 
 MODES: dict[str, dict[str, Any]] = {
     "drop": {"others": "drop"},
@@ -28,35 +28,11 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_rows(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny bf16 base model, two devices with a few rows, one profiled public domain."""
+    """A tiny world whose one worker is this process."""
     root = tmp_path_factory.mktemp("world")
-    save_tiny("qwen2_moe", root / "base", torch.bfloat16)
-    for name in ("kitchen", "garden"):
-        for split in ("train", "test"):
-            rows = [
-                {"prompt": f"{name} {split} {i}: ", "completion": "ab"[i % 2]} for i in range(6)
-            ]
-            write_rows(root / "devices" / name / f"{split}.jsonl", rows)
-    write_rows(root / "public" / "math.jsonl", [{"text": f"{i} + {i} = {2 * i}"} for i in range(9)])
-    experiment = Experiment.model_validate(
-        {
-            "name": "tiny",
-            "base_model": str(root / "base"),
-            "calibration": str(root / "public"),
-            "devices": [{"data": str(root / "devices"), "names": ["kitchen", "garden"]}],
-            "adapter": {"rank": 4},
-            "train": {"dtype": "float32", "max_tokens": 48, "steps": 3, "batch_size": 2},
-            "evaluate": {"public_domains": ["math"]},
-        }
-    )
-    site, base = open_site(experiment, root / "cache")
+    site, base = tiny_site(root)
     worker._worker = Worker(site)
     worker.profile("math", root / "profile")
     yield World(site, base, load_profile(root / "profile", base.digest))
