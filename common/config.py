@@ -111,6 +111,8 @@ class FederationSettings(Section):
     """Rounds over which the server's learning rate rises linearly."""
     clip_norm: float = Field(default=30.0, gt=0)
     """Largest L2 norm of one device's update; longer ones are scaled down on the device."""
+    canary_every: int = Field(default=1, ge=1)
+    """Rounds between two canary checks; what came after the last passed one can be undone."""
     canary_tolerance: float = Field(default=3.0, gt=0)
     """Nats per token by which the loss on public text may rise over the base model's."""
 

@@ -6,6 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from proxymoe.common.checkpoint import read_tensors, write_tensors
 from proxymoe.common.errors import CheckpointError, LayoutMismatch
 from proxymoe.common.files import write_json
@@ -14,6 +17,7 @@ from proxymoe.server.round import FederationState, RoundReport
 from proxymoe.server.strategy import StrategyState
 
 KEPT_STATES = 2
+PROVEN = "proven."
 
 
 class Journal:
@@ -30,14 +34,13 @@ class Journal:
     def write(self, state: FederationState, report: RoundReport) -> None:
         """Makes a completed round durable and forgets states that nobody needs any more."""
         entry = dataclasses.asdict(report)
-        if not math.isfinite(report.canary_loss):
+        if report.canary_loss is not None and not math.isfinite(report.canary_loss):
             entry["canary_loss"] = None  # JSON knows no NaN
         write_json(self._reports / f"{state.round:05d}.json", entry)
-        tensors = {
-            "adapter": state.adapter,
-            "momentum": state.strategy.momentum,
-            "variance": state.strategy.variance,
-        }
+        tensors = _tensors(state, "")
+        if state.proven is not None:
+            tensors |= _tensors(state.proven, PROVEN)
+            tensors[f"{PROVEN}round"] = torch.tensor([state.proven.round])
         write_tensors(self._states / f"{state.round:05d}.safetensors", tensors)
         for old in sorted(self._states.glob("*.safetensors"))[:-KEPT_STATES]:
             old.unlink()
@@ -60,8 +63,10 @@ class Journal:
                 f"{paths[-1]}: adapter of {tensors['adapter'].numel()} parameters, expected "
                 f"{size}; the run was started with other settings"
             )
-        memory = StrategyState(tensors["momentum"], tensors["variance"])
-        return FederationState(int(paths[-1].stem), tensors["adapter"], memory)
+        proven = None
+        if f"{PROVEN}round" in tensors:
+            proven = _state(int(tensors[f"{PROVEN}round"].item()), tensors, PROVEN)
+        return _state(int(paths[-1].stem), tensors, "", proven)
 
     def reports(self, up_to: int) -> list[dict[str, Any]]:
         """The reports of rounds 1 to `up_to`, in order."""
@@ -74,6 +79,21 @@ class Journal:
             raise CheckpointError(
                 f"{self._reports}: a round report is unreadable ({error})"
             ) from error
+
+
+def _tensors(state: FederationState, prefix: str) -> dict[str, Tensor]:
+    return {
+        f"{prefix}adapter": state.adapter,
+        f"{prefix}momentum": state.strategy.momentum,
+        f"{prefix}variance": state.strategy.variance,
+    }
+
+
+def _state(
+    number: int, tensors: dict[str, Tensor], prefix: str, proven: FederationState | None = None
+) -> FederationState:
+    memory = StrategyState(tensors[f"{prefix}momentum"], tensors[f"{prefix}variance"])
+    return FederationState(number, tensors[f"{prefix}adapter"], memory, proven)
 
 
 def initial_state(size: int) -> FederationState:

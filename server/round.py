@@ -54,6 +54,8 @@ class FederationState:
     adapter: Tensor
     """(P,) fp32, in the full layout."""
     strategy: StrategyState
+    proven: "FederationState | None" = None
+    """The last state that passed the canary; None if this one did, or is the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,9 @@ class RoundReport:
 
     round: int
     committed: bool
-    canary_loss: float
+    """False if the canary failed, and everything since the last passed check was undone."""
+    canary_loss: float | None
+    """None in rounds between two checks."""
     num_updates: int
     refused: dict[str, str]
     """{device: reason} of every update that was not used."""
@@ -137,12 +141,16 @@ def run_round(
         federation.settings,
         rate=server_rate(federation.settings, number),
     )
-    canary_loss = federation.canary(candidate)
-    committed = bool(np.isfinite(canary_loss)) and canary_loss <= federation.canary_limit
+    due = number % federation.settings.canary_every == 0 or number == federation.settings.rounds
+    canary_loss = federation.canary(candidate) if due else None
+    committed = canary_loss is None or (
+        bool(np.isfinite(canary_loss)) and canary_loss <= federation.canary_limit
+    )
+    last = state.proven or state
     if committed:
-        state = FederationState(number, candidate, strategy_state)
+        state = FederationState(number, candidate, strategy_state, None if due else last)
     else:
-        state = FederationState(number, state.adapter, state.strategy)
+        state = FederationState(number, last.adapter, last.strategy)
     report = RoundReport(
         round=number,
         committed=committed,

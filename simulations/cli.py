@@ -13,6 +13,9 @@ for name, value in (
     ("FLWR_TELEMETRY_ENABLED", "0"),
     ("FLWR_DISABLE_UPDATE_CHECK", "1"),
     ("RAY_USAGE_STATS_ENABLED", "0"),
+    # The workers have the cores; threads in a process would only spin.
+    ("OMP_NUM_THREADS", "1"),
+    ("OPENBLAS_NUM_THREADS", "1"),
 ):
     # Before any of these libraries is imported, here and in every worker. Nothing phones home.
     os.environ.setdefault(name, value)

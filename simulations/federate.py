@@ -110,10 +110,10 @@ def _log(report: RoundReport) -> None:
     for name, reason in report.refused.items():
         log.warning("round %d: update of %s not used: %s", report.round, name, reason)
     log.info(
-        "round %d: %s, %d updates, mean local loss %.3f, canary %.3f",
+        "round %d: %s, %d updates, mean local loss %.3f, canary %s",
         report.round,
         "committed" if report.committed else "rolled back",
         report.num_updates,
         np.mean([last for _, last in report.losses.values()]),
-        report.canary_loss,
+        "not due" if report.canary_loss is None else f"{report.canary_loss:.3f}",
     )

@@ -63,8 +63,15 @@ def rounds(metrics: dict[str, Any]) -> Figure:
         axes.plot(numbers, losses, color=BEFORE, linewidth=0.8)
     mean = [np.mean([first for first, _ in report["losses"].values()]) for report in reports]
     axes.plot(numbers, mean, color=AFTER, linewidth=2, label="mean local loss")
-    canary = [report["canary_loss"] for report in reports]
-    axes.plot(numbers, canary, color=OWN, linewidth=1.5, label="public text (canary)")
+    checked = [report for report in reports if report["canary_loss"] is not None]
+    canary = [report["canary_loss"] for report in checked]
+    axes.plot(
+        [report["round"] for report in checked],
+        canary,
+        color=OWN,
+        linewidth=1.5,
+        label="public text (canary)",
+    )
     undone = [report for report in reports if not report["committed"]]
     if undone:
         at, height = [r["round"] for r in undone], [r["canary_loss"] for r in undone]

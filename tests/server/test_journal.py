@@ -17,6 +17,7 @@ SETTINGS = [
     {"strategy": "fedavg", "momentum": 0.9},
     {"strategy": "fedadam", "momentum": 0.9},
     {"strategy": "fedavg", "cohort_size": 2},
+    {"strategy": "fedavg", "momentum": 0.5, "canary_every": 3},
 ]
 
 

@@ -287,3 +287,26 @@ def test_learning_rates_warm_up_and_decay_over_the_rounds():
 
 def test_the_small_layout_is_what_these_tests_think():
     assert len(small_layout().blocks) == 2 * (1 + 2 * 4)
+
+
+def test_a_failed_check_undoes_every_round_since_the_last_one_that_passed():
+    losses = iter([1.0, 99.0])
+    federation = small_federation(canary=lambda _: next(losses), canary_every=2, momentum=0.5)
+    states, reports = [], []
+    state = None
+    for _ in range(4):
+        state, report = one_round(federation, InMemory(), state)
+        states.append(state)
+        reports.append(report)
+    assert [report.canary_loss for report in reports] == [None, 1.0, None, 99.0]
+    assert [report.committed for report in reports] == [True, True, True, False]
+    assert not torch.equal(states[2].adapter, states[1].adapter)
+    assert states[3].round == 4
+    assert torch.equal(states[3].adapter, states[1].adapter)
+    assert torch.equal(states[3].strategy.momentum, states[1].strategy.momentum)
+
+
+def test_the_last_round_is_always_checked():
+    federation = small_federation(canary_every=3, rounds=1)
+    _, report = one_round(federation, InMemory())
+    assert report.canary_loss == 1.0
