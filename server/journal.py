@@ -17,6 +17,7 @@ from proxymoe.server.round import FederationState, RoundReport
 from proxymoe.server.strategy import StrategyState
 
 KEPT_STATES = 2
+STATE = ("adapter", "momentum", "variance")
 PROVEN = "proven."
 
 
@@ -56,7 +57,8 @@ class Journal:
         if not paths:
             return initial_state(size)
         tensors = read_tensors(paths[-1])
-        if set(tensors) != {"adapter", "momentum", "variance"}:
+        proven_names = {f"{PROVEN}{name}" for name in (*STATE, "round")}
+        if set(tensors) not in (set(STATE), set(STATE) | proven_names):
             raise CheckpointError(f"{paths[-1]}: no state of a run; remove it to go on before it")
         if tensors["adapter"].numel() != size:
             raise LayoutMismatch(
