@@ -111,6 +111,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3")
 """The families that every law holds for."""
+SOME = ("qwen2_moe", "mixtral", "deepseek_v3")
+"""With gated shared experts, without any, with group-limited routing: for laws that cost more."""
 
 
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from proxymoe.common.errors import Diverged
 from proxymoe.common.model import LoadedModel, load
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.text import Example
-from tests.tiny import TinyBase, assert_near, some_tokens
+from tests.tiny import SOME, TinyBase, assert_near, some_tokens
 
 TASK = [Example(tuple(row), 4) for row in some_tokens(6, 12).tolist()]
 SETTINGS = TrainSettings(steps=4, batch_size=2, warmup_steps=0, learning_rate=1e-2)
@@ -34,8 +34,9 @@ def tuned(tiny: TinyBase, seed: int = 0, loaded: LoadedModel | None = None, star
     )
 
 
-def test_tuning_lowers_the_loss(model):
-    losses = tuned(model, steps=8, batch_size=6).losses
+@pytest.mark.parametrize("family", SOME)
+def test_tuning_lowers_the_loss(tiny, family):
+    losses = tuned(tiny(family), steps=8, batch_size=6).losses
     assert len(losses) == 8
     assert losses[-1] < losses[0] - 0.3
 

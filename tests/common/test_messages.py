@@ -47,7 +47,11 @@ positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 tasks = st.builds(
     lambda address, **fields: TrainTask(**address, **fields),
     addresses,
-    train=st.builds(TrainSettings, steps=st.integers(1, 10**9), learning_rate=positive),
+    train=st.builds(
+        TrainSettings,
+        steps=st.integers(1, 10**9),
+        learning_rate=st.floats(0, 1e6, exclude_min=True),
+    ),
     clip_norm=positive,
     seed=st.integers(0, 2**63),
 )

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxymoe.common.errors import DataError
@@ -54,8 +54,11 @@ def chat(role, content):
     return json.dumps({"messages": [first, {"role": role, "content": content}]})
 
 
-def one(row, **settings):
-    return tokenise([row], TOKENIZER, settings.pop("max_tokens", 100), **settings).examples[0]
+few = settings(max_examples=25)
+
+
+def one(row, **limits):
+    return tokenise([row], TOKENIZER, limits.pop("max_tokens", 100), **limits).examples[0]
 
 
 @given(st.lists(rows, min_size=1, max_size=5))
@@ -232,6 +235,7 @@ def members(batch):
     ]
 
 
+@few
 @given(examples)
 def test_a_batch_predicts_every_completion_token_from_the_one_before(content):
     batch = collate(content)
@@ -246,6 +250,7 @@ def test_a_batch_predicts_every_completion_token_from_the_one_before(content):
     assert sorted(batch.targets[real].tolist()) == expected
 
 
+@few
 @given(examples)
 def test_a_batch_holds_every_example_once_in_rows_of_rounded_length(content):
     batch = collate(content)
@@ -259,6 +264,7 @@ def test_a_batch_holds_every_example_once_in_rows_of_rounded_length(content):
     assert len(filled) == 1 or filled[0] + filled[1] > length
 
 
+@few
 @given(examples)
 def test_a_token_sees_its_own_example_up_to_itself(content):
     batch = collate(content)
@@ -272,6 +278,7 @@ def test_a_token_sees_its_own_example_up_to_itself(content):
     assert sees.any(-1).all()
 
 
+@few
 @given(examples, st.integers(1, 5), st.integers(1, 20), st.integers(0, 99))
 def test_shuffled_batches_are_of_fixed_size_and_use_examples_equally_often(
     content, size, count, seed
@@ -301,6 +308,7 @@ def test_one_example_fills_a_batch():
     assert [members(batch) for batch in batches] == [[one(ROW).tokens] * 4] * 3
 
 
+@few
 @given(examples, st.integers(1, 5))
 def test_sequential_batches_hold_every_example_once(content, size):
     batches = sequential_batches(content, size)

@@ -14,7 +14,7 @@ from proxymoe.common.peft_format import export_peft
 from proxymoe.common.plan import LayerPlan, Plan
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.merge import merge
-from tests.tiny import assert_near, logits, save_tiny, stock
+from tests.tiny import SOME, assert_near, logits, save_tiny, stock
 
 ALL: tuple[Target, ...] = ("attention", "shared", "experts")
 
@@ -72,7 +72,9 @@ def test_the_merged_model_computes_like_base_plus_adapter(model, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_merging_agrees_with_peft(model, tmp_path):
+@pytest.mark.parametrize("family", SOME)
+def test_merging_agrees_with_peft(tiny, family, tmp_path):
+    model = tiny(family)
     layout = layout_of(model.base)
     vector = random_vector(layout)
     merged = stock(merge(model.base, layout, vector, tmp_path / "merged")).state_dict()
