@@ -6,6 +6,7 @@ values and returns a value; who carries the bytes is the transport's business.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -141,16 +142,7 @@ def run_round(
         federation.settings,
         rate=server_rate(federation.settings, number),
     )
-    due = number % federation.settings.canary_every == 0 or number == federation.settings.rounds
-    canary_loss = federation.canary(candidate) if due else None
-    committed = canary_loss is None or (
-        bool(np.isfinite(canary_loss)) and canary_loss <= federation.canary_limit
-    )
-    last = state.proven or state
-    if committed:
-        state = FederationState(number, candidate, strategy_state, None if due else last)
-    else:
-        state = FederationState(number, last.adapter, last.strategy)
+    state, committed, canary_loss = _judged(federation, state, candidate, strategy_state)
     report = RoundReport(
         round=number,
         committed=committed,
@@ -162,6 +154,23 @@ def run_round(
         **_summary(replies, federation.settings.clip_norm),
     )
     return state, report
+
+
+def _judged(
+    federation: Federation, state: FederationState, candidate: Tensor, memory: StrategyState
+) -> tuple[FederationState, bool, float | None]:
+    """The state after the candidate's round, whether it was committed, and its canary loss.
+
+    A canary that fails undoes every round since the last one that passed.
+    """
+    number, every = state.round + 1, federation.settings.canary_every
+    last = state.proven or state
+    if number % every and number != federation.settings.rounds:
+        return FederationState(number, candidate, memory, last), True, None
+    loss = federation.canary(candidate)
+    if math.isfinite(loss) and loss <= federation.canary_limit:
+        return FederationState(number, candidate, memory), True, loss
+    return FederationState(number, last.adapter, last.strategy), False, loss
 
 
 def sample_cohort(names: list[str], size: int | None, seed: int, number: int) -> list[str]:
