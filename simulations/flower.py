@@ -90,7 +90,8 @@ def virtual_nodes(site: Site, plans: Mapping[str, str]) -> Iterator[Transport]:
         plans: {device: digest of its plan}.
 
     Raises:
-        ProxyMoEError: Flower or Ray did not start, or broke; the transport raises it too.
+        ProxyMoEError: Flower or Ray did not start, or broke; the transport raises it too, and when
+            a device is missing or does not answer.
     """
     lent, over = Future[Transport](), threading.Event()
 
@@ -111,12 +112,45 @@ def virtual_nodes(site: Site, plans: Mapping[str, str]) -> Iterator[Transport]:
             wait(either, return_when=FIRST_COMPLETED)
             if ended.done():
                 ended.result()
-            yield lent.result()
+            yield Complete(lent.result(), sorted(plans))
         except BaseException:
             over.set()
             _kill_actors()
             raise
         over.set()
+
+
+class Complete:
+    """A transport on which nobody may be missing: every virtual device is there and answers.
+
+    What a device cannot do, it refuses, and that is an answer. Silence means that its process died
+    or could not open it; a result without it would not be the experiment's.
+    """
+
+    def __init__(self, transport: Transport, names: list[str]) -> None:
+        self._transport = transport
+        self._names = names
+
+    def devices(self) -> list[str]:
+        """All devices; ProxyMoEError if one is missing."""
+        self._require(set(self._names), set(self._transport.devices()))
+        return self._names
+
+    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+        """See `server.round.Transport`; ProxyMoEError at the end if a reply is missing."""
+        answered = set()
+        for name, reply in self._transport.exchange(tasks):
+            answered.add(name)
+            yield name, reply
+        self._require(set(tasks), answered)
+
+    @staticmethod
+    def _require(expected: set[str], found: set[str]) -> None:
+        if missing := sorted(expected - found):
+            raise ProxyMoEError(
+                f"no answer from {', '.join(missing)} (the log says why), perhaps for want of "
+                "memory; use fewer workers or smaller batches, then go on with --resume"
+            )
 
 
 def open_virtual_device(site: Site, plans: Mapping[str, str], context: Context) -> Device:

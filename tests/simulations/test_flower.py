@@ -18,12 +18,12 @@ from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.journal import Journal, initial_state
 from proxymoe.server.round import RoundReport, run_round
 from proxymoe.simulations.federate import federate, federation_of, pool_transports
-from proxymoe.simulations.flower import flower_backend, virtual_nodes
+from proxymoe.simulations.flower import Complete, flower_backend, virtual_nodes
 from proxymoe.simulations.pool import WorkerPool
 from proxymoe.simulations.world import World, open_site, profile_base
+from tests.cohorts import InMemory, small_federation
 
 pytestmark = [
-    pytest.mark.flower,
     # Ray leaves its log files open.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -81,6 +81,24 @@ def nowhere(number):
     raise AssertionError("the backend brings its own transport")
 
 
+def test_silence_of_a_virtual_device_is_an_error_that_names_it():
+    federation, tasks = small_federation(), dict.fromkeys("abc", b"task")
+    answers = {"b": None, "a": bytes, "c": bytes}
+    transport = Complete(InMemory(answers=answers), ["a", "b", "c"])
+    replies = transport.exchange(tasks)
+    assert [next(replies)[0], next(replies)[0]] == ["a", "c"]
+    with pytest.raises(ProxyMoEError, match="no answer from b "):
+        next(replies)
+    with pytest.raises(ProxyMoEError, match="no answer from d, e "):
+        Complete(InMemory(), ["a", "b", "c", "d", "e"]).devices()
+
+    state = initial_state(federation.layout.size)
+    whole = Complete(InMemory(), ["a", "b", "c"])
+    _, report = run_round(federation, state, whole, PlainSum(federation.layout))
+    assert report.num_updates == 3
+
+
+@pytest.mark.flower
 def test_two_rounds_end_in_the_same_bits_as_in_process(pool_and_federation, tmp_path, empty):
     pool, federation = pool_and_federation
     plans = {name: member.plan for name, member in federation.members.items()}
@@ -100,6 +118,7 @@ def test_two_rounds_end_in_the_same_bits_as_in_process(pool_and_federation, tmp_
     assert journal.latest(federation.layout.size).round == 2
 
 
+@pytest.mark.flower
 def test_an_interrupt_in_mid_training_ends_everything(pool_and_federation, empty):
     pool, federation = pool_and_federation
     endless = federation.train.model_copy(update={"steps": 100_000})
@@ -116,6 +135,7 @@ def test_an_interrupt_in_mid_training_ends_everything(pool_and_federation, empty
         interrupted_round()
 
 
+@pytest.mark.flower
 def test_what_a_round_raises_reaches_the_caller(pool_and_federation, empty):
     pool, federation = pool_and_federation
 
@@ -127,6 +147,7 @@ def test_what_a_round_raises_reaches_the_caller(pool_and_federation, empty):
         flower_backend(pool.site)(federation, nowhere, None, lambda _: None)
 
 
+@pytest.mark.flower
 def test_a_runtime_that_does_not_start_is_an_error_with_its_cause(pool_and_federation, empty):
     pool, federation = pool_and_federation
     deep = Path(tempfile.gettempdir(), "x" * 90)
