@@ -96,6 +96,15 @@ def test_a_router_without_a_weight_per_expert_is_refused():
         moe_layers(model)
 
 
+def test_a_router_without_top_k_is_refused_by_the_block():
+    layer = moe_layers(tiny_model("mixtral"))[1]
+    for owner in (layer.router, layer.block):
+        if hasattr(owner, "top_k"):
+            del owner.top_k
+    with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp: neither router nor block has"):
+        _ = layer.top_k
+
+
 def test_a_path_without_a_layer_number_is_refused():
     with pytest.raises(UnsupportedModel, match="lm_head: no layer number"):
         layer_number("lm_head")

@@ -113,6 +113,14 @@ def test_a_zero_adapter_evaluates_like_none(world):
     assert set(worker.public_loss(None, 3, 48)) == {"math"}
 
 
+def test_the_canary_hears_what_the_public_loss_hears(world):
+    zeros, rows = world.site.layout.zeros().numpy(), 3
+    noise = np.random.default_rng(0).standard_normal(zeros.size).astype(np.float32)
+    for vector in (None, zeros, 0.1 * noise):
+        (expected,) = worker.public_loss(vector, rows, 48).values()
+        assert worker.canary_loss(vector, rows, 48) == pytest.approx(expected, rel=1e-5)
+
+
 def test_answers_can_be_ranked_among_everyones(world):
     own = worker.evaluate("kitchen", None, None, "own")
     everyone = worker.evaluate("kitchen", None, None, "all")
