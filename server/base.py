@@ -41,6 +41,7 @@ class BaseCheckpoint:
         self.checkpoint = Checkpoint(folder)
         self.skeleton = meta_model(self.config)
         self.layers = {layer.position: layer for layer in moe_layers(self.skeleton)}
+        _require_plain_head(self.skeleton)
         self.pieces = self._cached_pieces(cache)
         # Sorted, so that it does not matter how the checkpoint is cut into shards.
         entries = [[p.target, p.expert or 0, p.part, p.digest] for p in self.pieces]
@@ -252,3 +253,18 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             f"{config.model_type}: no causal language model ({reason})"
         ) from error
     return model
+
+
+def _require_plain_head(model: PreTrainedModel) -> None:
+    """Losses are computed from the head's weight alone: logits must be that, and nothing else."""
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    settings = {name: getattr(model.config, name, None) for name in names}
+    extras = [f"{name}={value}" for name, value in settings.items() if value not in (None, 1.0)]
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        extras.append("bias")
+    if head is None or extras:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: supported is a plain output head, found an output head with "
+            f"{', '.join(extras) or 'no weight'}"
+        )

@@ -1,6 +1,7 @@
 """The code keeps the shape that its readers were promised."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ sources = pytest.mark.parametrize(
 )
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 

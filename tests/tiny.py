@@ -107,6 +107,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
         },
     ),
+    "phimoe": (
+        "Phimoe",
+        {
+            "intermediate_size": 48,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "lm_head_bias": True,
+        },
+    ),
     "llama": ("Llama", {"intermediate_size": 96}),
 }
 FAMILIES = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3")

@@ -144,7 +144,11 @@ def test_tensors_that_the_model_never_loads_are_left_out(qwen, copy):
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("llama", "LlamaForCausalLM has no mixture-of-experts"), ("gpt_oss", "gate_up_proj_bias")],
+    [
+        ("llama", "LlamaForCausalLM has no mixture-of-experts"),
+        ("gpt_oss", "gate_up_proj_bias"),
+        ("phimoe", "PhimoeForCausalLM: .*output head with bias"),
+    ],
 )
 def test_families_that_do_not_fit_are_refused_by_name(tmp_path, family, reason):
     folder = save_tiny(family, tmp_path)
@@ -156,6 +160,13 @@ def test_experts_fused_on_disk_are_refused_by_name(qwen, copy):
     (copy / WEIGHTS).unlink()
     tiny_model("qwen2_moe").save_pretrained(copy, save_original_format=False)
     with pytest.raises(UnsupportedModel, match=r"experts.*fused on disk are not supported"):
+        BaseCheckpoint(copy)
+
+
+def test_a_model_that_scales_its_logits_is_refused_by_the_setting(copy):
+    config = json.loads((copy / "config.json").read_text()) | {"logit_scale": 0.5}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"output head with logit_scale=0\.5"):
         BaseCheckpoint(copy)
 
 
