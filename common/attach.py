@@ -6,7 +6,6 @@ take turns on one model by binding another vector.
 """
 
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch.nn.functional as F
@@ -79,12 +78,7 @@ class AttachedAdapter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _add_delta(self, path: str, _: nn.Module, args: Any, output: Tensor) -> Tensor:

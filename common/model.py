@@ -86,20 +86,32 @@ def compute_dtype(wanted: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _install_redirects(model: nn.Module, plan: Plan, folder: Path) -> None:
+def redirects(plan: Plan, folder: Path) -> dict[int, Redirect]:
+    """What routed ids mean on this plan's submodel, by layer; empty where all ids are slots.
+
+    Args:
+        plan: of the submodel.
+        folder: of the materialised submodel; it holds the mean vectors if there are any.
+    """
     if plan.keeps_all or plan.router is RouterMode.SLICED:
-        return
+        return {}
     offsets = read_tensors(folder / OFFSETS_FILE) if plan.others is Others.MEAN else {}
-    for layer in moe_layers(model):
+    return {
+        at: Redirect(torch.tensor(planned.slots()), offsets.get(str(at)))
+        for at, planned in plan.layers.items()
+    }
+
+
+def _install_redirects(model: nn.Module, plan: Plan, folder: Path) -> None:
+    found = redirects(plan, folder)
+    for layer in moe_layers(model) if found else ():
         planned = plan.layers[layer.position]
         if layer.num_experts != len(planned.kept):
             raise CheckpointError(
                 f"{folder}: {layer.num_experts} experts in layer {layer.position}, "
                 f"the plan keeps {len(planned.kept)}"
             )
-        expert_state(layer.experts).redirect = Redirect(
-            torch.tensor(planned.slots()), offsets.get(str(layer.position))
-        )
+        expert_state(layer.experts).redirect = found[layer.position]
 
 
 class _ProxyMixin:

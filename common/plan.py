@@ -5,7 +5,6 @@ own expert ids; slots (positions among the kept experts) exist only inside a liv
 """
 
 from enum import StrEnum
-from functools import cached_property
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -84,7 +83,7 @@ class Plan(BaseModel):
             raise ValueError("a sliced router never chooses other experts; use others = 'drop'")
         return self
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Names this plan on the wire and in every message about it."""
         return digest_of(canonical_json(self.model_dump(mode="json")))

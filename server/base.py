@@ -52,6 +52,11 @@ class BaseCheckpoint:
         """Experts per MoE layer, by number of the decoder layer."""
         return {position: layer.num_routed for position, layer in self.layers.items()}
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole model."""
+        return sum(piece.num_bytes for piece in self.pieces)
+
     @cached_property
     def trunk_bytes(self) -> int:
         """Bytes that every proxy submodel holds: everything but the routed experts."""
@@ -95,12 +100,15 @@ class BaseCheckpoint:
                 "router": plan.router.value,
                 "layers": {str(at): len(layer.kept) for at, layer in plan.layers.items()},
             }
-        companions = {
+        return Manifest(plan=plan, config=config, pieces=tuple(pieces), companions=self._companions)
+
+    @cached_property
+    def _companions(self) -> dict[str, str]:
+        return {
             name: digest_of((self.folder / name).read_bytes())
             for name in COMPANIONS
             if (self.folder / name).exists()
         }
-        return Manifest(plan=plan, config=config, pieces=tuple(pieces), companions=companions)
 
     def materialise(self, plan: Plan, folder: Path) -> Path:
         """Writes the submodel of a plan for a local device, or the full model; see `manifest`."""

@@ -135,11 +135,11 @@ def allocate(
     floor = max(1, int(share * uniform))
     kept = {at: [int(e) for e in ids[:floor]] for at, ids in order.items()}
     left -= sum(cost[at] * len(ids) for at, ids in kept.items())
+    if settings.allocation is Allocation.UNIFORM:
+        return kept
     rest = [
         (scores[at][e] / cost[at], -at, int(e)) for at, ids in order.items() for e in ids[floor:]
     ]
-    if settings.allocation is Allocation.UNIFORM:
-        rest = []
     for _, negative_at, expert in sorted(rest, reverse=True):
         at = -negative_at
         if cost[at] <= left:

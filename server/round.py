@@ -124,8 +124,8 @@ def run_round(
             if name not in tasks:
                 raise ProtocolError("the device was not asked in this round")
             reply, vector = _checked(federation, name, number, content)
-            weight = 1.0
-            summation.add(name, federation.members[name].layout, torch.from_numpy(vector), weight)
+            layout = federation.members[name].layout
+            summation.add(name, layout, torch.from_numpy(vector), weight=1.0)
         except ProtocolError as error:
             refused[name] = str(error)
             continue

@@ -7,7 +7,6 @@ good proxy can hide a bad return. Cells are kept as files, so an interrupted com
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,9 @@ from proxymoe.simulations import worker
 from proxymoe.simulations.comparison import Cell, comparison
 from proxymoe.simulations.federate import federate, federation_of, pool_transports
 from proxymoe.simulations.pool import WorkerPool, result_of
-from proxymoe.simulations.run import Stage, environment, forgetting
+from proxymoe.simulations.run import environment, forgetting
 from proxymoe.simulations.site import Site
-from proxymoe.simulations.world import World
-
-log = logging.getLogger(__name__)
+from proxymoe.simulations.world import Stage, World
 
 FULL: Cell = {"mode": "full", "router": None, "saliency": None, "kept_fraction": 1.0}
 LOCAL: Cell = {"mode": "local_only", "router": None, "saliency": None}
@@ -51,7 +48,6 @@ def run_comparison(world: World, folder: Path, stage: Stage) -> dict[str, Any]:
                 seeded, pool, keep, folder / "federations" / f"seed-{seed}", prefix, stage
             )
         stage("seeds", number + 1, len(experiment.compare.seeds))
-    full_bytes = world.base.manifest(world.base.keep_all()).num_bytes
     return {
         "experiment": experiment.name,
         "base_model": {"name": experiment.base_model, "digest": world.base.digest},
@@ -60,7 +56,7 @@ def run_comparison(world: World, folder: Path, stage: Stage) -> dict[str, Any]:
         "cells": cells,
         "summary": {
             "comparison": comparison(cells),
-            "full_model_bytes": full_bytes,
+            "full_model_bytes": world.base.num_bytes,
         },
         "environment": environment(experiment),
     }
@@ -89,15 +85,7 @@ def _seeded(world: World, seed: int) -> Site:
 
 
 def _settings(mode: Mode, fraction: float, extract: ExtractSettings) -> ExtractSettings:
-    return extract.model_copy(
-        update={
-            "kept_fraction": fraction,
-            "saliency": mode.saliency,
-            "router": mode.router,
-            "others": mode.others,
-            "allocation": mode.allocation,
-        }
-    )
+    return extract.model_copy(update={**dict(mode), "kept_fraction": fraction})
 
 
 def _labels(mode: Mode, fraction: float) -> Cell:
@@ -113,10 +101,9 @@ def _single_cells(
     world: World, pool: WorkerPool, keep: _Keeper, stage: Callable[[int, int], None]
 ) -> list[Cell]:
     experiment = world.site.experiment
-    full_bytes = world.base.manifest(world.base.keep_all()).num_bytes
     jobs: dict[str, tuple[Cell, str, Plan | None]] = {}
     for name in experiment.compare.single_devices:
-        jobs[f"{name}-full"] = (FULL | {"bytes": full_bytes}, name, None)
+        jobs[f"{name}-full"] = (FULL | {"bytes": world.base.num_bytes}, name, None)
         for fraction in experiment.compare.single_fractions:
             for mode in experiment.compare.modes:
                 settings = _settings(mode, fraction, experiment.extract)
@@ -210,7 +197,7 @@ def _plans(
     experiment = world.site.experiment
     if mode is None:
         plan = world.base.keep_all()
-        return dict.fromkeys(names, plan), world.base.manifest(plan).num_bytes
+        return dict.fromkeys(names, plan), world.base.num_bytes
     settings = _settings(mode, fraction, experiment.extract)
     cuts = {n: world.cut(world.site.device(n), settings, experiment.seed) for n in names}
     plans = {name: cut.plan for name, cut in cuts.items()}

@@ -28,13 +28,13 @@ from flwr.simulation import run_simulation
 from proxymoe.client.app import client_app
 from proxymoe.client.personalize import Device
 from proxymoe.common.errors import ConfigError, ProxyMoEError
-from proxymoe.common.model import compute_dtype, load
 from proxymoe.server.app import server_app
 from proxymoe.server.journal import Journal
 from proxymoe.server.round import Federation, Transport
 from proxymoe.simulations.federate import Outcome, RoundDone, federate
 from proxymoe.simulations.run import Federate
-from proxymoe.simulations.site import Site, device_examples
+from proxymoe.simulations.site import Site
+from proxymoe.simulations.worker import open_device
 
 PATIENCE_SECONDS = 12 * 3600.0
 """Virtual devices may wait long for their turn, but they never leave."""
@@ -157,10 +157,7 @@ def open_virtual_device(site: Site, plans: Mapping[str, str], context: Context) 
     """The device of a virtual node: of all devices by name, the one with its partition's number."""
     torch.set_num_threads(1)
     name = sorted(plans)[int(context.node_config["partition-id"])]
-    dtype = compute_dtype(site.experiment.train.dtype)
-    loaded = load(site.submodels / plans[name], dtype)
-    examples = device_examples(site.device(name), "train", loaded.tokenizer, site.experiment)
-    return Device(name, loaded, site.layout.held_under(loaded.plan), examples)
+    return open_device(site, name, plans[name])
 
 
 def _simulate(server: ServerApp, client: ClientApp, num_nodes: int, workers: int) -> None:

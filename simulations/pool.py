@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
 from proxymoe.common.errors import ProxyMoEError
@@ -56,12 +55,7 @@ class WorkerPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for executor in (self._warm, self._solo):
             processes = list((executor._processes or {}).values())
             executor.shutdown(wait=kind is None, cancel_futures=True)

@@ -1,6 +1,5 @@
 """One experiment, from base model to metrics: profile, cut, federate, personalise, measure."""
 
-import logging
 import platform
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,10 +19,11 @@ from proxymoe.common.peft_format import export_peft
 from proxymoe.common.plan import Plan
 from proxymoe.server.extract import Extraction
 from proxymoe.server.journal import Journal
-from proxymoe.server.round import Federation, RoundReport, Transport, task_seed
+from proxymoe.server.round import Federation, Transport, task_seed
 from proxymoe.simulations import worker
 from proxymoe.simulations.federate import (
     Outcome,
+    RoundDone,
     federate,
     federation_of,
     first_deck,
@@ -31,16 +31,20 @@ from proxymoe.simulations.federate import (
 )
 from proxymoe.simulations.pool import WorkerPool, result_of
 from proxymoe.simulations.site import VirtualDevice
-from proxymoe.simulations.world import World
+from proxymoe.simulations.world import Stage, World
 
-log = logging.getLogger(__name__)
+QUALITIES = (
+    "base",
+    "proxy_untuned",
+    "proxy_tuned",
+    "plugged",
+    "plugged_personal",
+    "local_only",
+    "full_tuned",
+)
+"""What is measured per device; on the full model unless the name says proxy."""
 
-Stage = Callable[[str, int, int], None]
-"""Progress: told what is going on, how much of it is done, and of how much."""
-
-Federate = Callable[
-    [Federation, Callable[[int], Transport], Journal | None, Callable[[RoundReport], None]], Outcome
-]
+Federate = Callable[[Federation, Callable[[int], Transport], Journal | None, RoundDone], Outcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ def run_experiment(
         "summary": {
             **summary(devices, adapter.numpy(), pool, experiment),
             "trained_parameters": world.site.layout.size,
-            "full_model_bytes": world.base.manifest(world.base.keep_all()).num_bytes,
+            "full_model_bytes": world.base.num_bytes,
         },
         "environment": environment(experiment),
     }
@@ -106,7 +110,7 @@ def cut_all(world: World, stage: Stage) -> list[Cut]:
 def personal_adapters(
     pool: WorkerPool, cuts: list[Cut], adapter: np.ndarray, stage: Stage
 ) -> dict[str, dict[str, worker.LocalRun]]:
-    """{device: {personal, local_only[, full_tuned]}}: adapters that never leave the device.
+    """{device: {plugged_personal, local_only[, full_tuned]}}: adapters that never leave the device.
 
     The personal adapter starts from the federated one; local-only tuning starts from nothing and
     gets the same number of steps at its own best learning rate.
@@ -124,7 +128,7 @@ def personal_adapters(
     for cut in cuts:
         name, seed = cut.device.name, task_seed(experiment.seed, 0, cut.device.name)
         calls: dict[str, tuple[Any, ...]] = {
-            "personal": (name, cut.plan, adapter, gentle, seed),
+            "plugged_personal": (name, cut.plan, adapter, gentle, seed),
             "local_only": (name, cut.plan, None, alone, seed),
         }
         if experiment.evaluate.full_reference:
@@ -156,9 +160,7 @@ def measure(
         if pool.site.experiment.evaluate.proxies:
             calls["proxy_untuned"] = (cut.plan, None)
             calls["proxy_tuned"] = (cut.plan, adapter)
-        names = {"personal": "plugged_personal", "local_only": "local_only"}
-        for kind, run in mine.items():
-            calls[names.get(kind, kind)] = (None, run.vector)
+        calls |= {kind: (None, run.vector) for kind, run in mine.items()}
         for what, (plan, vector) in calls.items():
             jobs[name, what] = pool.submit(worker.evaluate, name, plan, vector)
     results: dict[str, dict[str, Quality]] = {}
@@ -173,8 +175,7 @@ def device_metrics(
 ) -> dict[str, Any]:
     """One device's entry in metrics.json; what was not measured is null."""
     name = cut.device.name
-    names = ("base", "proxy_untuned", "proxy_tuned", "plugged", "plugged_personal")
-    table = {n: qualities.get(n) for n in (*names, "local_only", "full_tuned")}
+    table = {n: qualities.get(n) for n in QUALITIES}
     full, base, plugged = table["full_tuned"], qualities["base"], qualities["plugged"]
     peaks = (report["peak_rss_mb"][name] for report in reports if name in report["peak_rss_mb"])
     return {
@@ -203,8 +204,7 @@ def summary(
 ) -> dict[str, Any]:
     """Means over devices, forgetting on public text, and the digest that names the adapter."""
     means = {}
-    names = ("base", "proxy_untuned", "proxy_tuned", "plugged", "plugged_personal")
-    for what in (*names, "local_only", "full_tuned"):
+    for what in QUALITIES:
         found = [device[what] for device in devices if device[what] is not None]
         if found:
             means[what] = {k: float(np.mean([q[k] for q in found])) for k in ("accuracy", "loss")}

@@ -18,9 +18,9 @@ from proxymoe.simulations.memory import MemoryWatch
 from proxymoe.simulations.plots import write_plots
 from proxymoe.simulations.pool import WorkerPool
 from proxymoe.simulations.report import show, write_metrics
-from proxymoe.simulations.run import Federate, Stage, run_experiment
+from proxymoe.simulations.run import Federate, run_experiment
 from proxymoe.simulations.site import Site
-from proxymoe.simulations.world import World, open_site, profile_base
+from proxymoe.simulations.world import Stage, World, open_site, profile_base
 
 
 def run(

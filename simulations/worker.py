@@ -16,26 +16,24 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from proxymoe.client.personalize import Device, personalize
 from proxymoe.client.train import tune
 from proxymoe.common.attach import AttachedAdapter
-from proxymoe.common.checkpoint import read_tensors
 from proxymoe.common.config import TrainSettings
 from proxymoe.common.errors import PlanError
-from proxymoe.common.experts import Redirect, expert_state
+from proxymoe.common.experts import expert_state
 from proxymoe.common.loss import Quality, token_quality
 from proxymoe.common.measure import peak_rss_mb
-from proxymoe.common.model import OFFSETS_FILE, LoadedModel, compute_dtype, load
+from proxymoe.common.model import LoadedModel, compute_dtype, load, redirects
 from proxymoe.common.moe import moe_layers
-from proxymoe.common.plan import Others, Plan, RouterMode
+from proxymoe.common.plan import Plan, RouterMode
 from proxymoe.common.text import Example, collate, sequential_batches
 from proxymoe.server.profile import profile_domain, save_domain
 from proxymoe.simulations.ranking import ranked_quality
 from proxymoe.simulations.site import (
     Site,
-    VirtualDevice,
     answers,
     asset,
     device_examples,
@@ -77,21 +75,15 @@ class Worker:
                 dtype = compute_dtype(self.site.experiment.train.dtype)
                 self._sliced = (plan.digest, load(self.site.submodels / plan.digest, dtype))
             return self._sliced[1]
-        offsets: dict[str, Tensor] = {}
-        if plan is not None and plan.others is Others.MEAN:
-            offsets = read_tensors(self.site.submodels / plan.digest / OFFSETS_FILE)
+        found = {} if plan is None else redirects(plan, self.site.submodels / plan.digest)
         for layer in moe_layers(self.full.model):
-            weights, state = self._weights[layer.position], expert_state(layer.experts)
-            if plan is None or plan.keeps_all:
-                state.redirect = None
-            else:
-                planned = plan.layers[layer.position]
-                kept = torch.tensor(planned.kept)
+            weights = self._weights[layer.position]
+            if plan is not None and layer.position in found:
+                kept = torch.tensor(plan.layers[layer.position].kept)
                 weights = {
                     n: nn.Parameter(w[kept], requires_grad=False) for n, w in weights.items()
                 }
-                offset = offsets.get(str(layer.position))
-                state.redirect = Redirect(torch.tensor(planned.slots()), offset)
+            expert_state(layer.experts).redirect = found.get(layer.position)
             for name, weight in weights.items():
                 layer.experts.register_parameter(name, weight)
         return LoadedModel(self.full.model, self.full.tokenizer, plan or self.full.plan)
@@ -145,10 +137,14 @@ def answer(name: str, plan: Plan, task: bytes) -> bytes:
 def answer_alone(site: Site, name: str, plan: Plan, task: bytes) -> bytes:
     """The same in a process of its own, from the materialised submodel: memory as on a device."""
     _obey()
-    loaded = load(site.submodels / plan.digest, compute_dtype(site.experiment.train.dtype))
-    device = site.device(name)
-    examples = device_examples(device, "train", loaded.tokenizer, site.experiment)
-    return personalize(Device(name, loaded, site.layout.held_under(plan), examples), task)
+    return personalize(open_device(site, name, plan.digest), task)
+
+
+def open_device(site: Site, name: str, plan: str) -> Device:
+    """A device opened as it would open itself: from the materialised submodel with this digest."""
+    loaded = load(site.submodels / plan, compute_dtype(site.experiment.train.dtype))
+    examples = device_examples(site.device(name), "train", loaded.tokenizer, site.experiment)
+    return Device(name, loaded, site.layout.held_under(loaded.plan), examples)
 
 
 def tune_locally(
@@ -248,12 +244,12 @@ def _device(worker: Worker, name: str, plan: Plan, loaded: LoadedModel) -> Devic
 
 __all__ = [
     "LocalRun",
-    "VirtualDevice",
     "answer",
     "answer_alone",
     "canary_loss",
     "evaluate",
     "here",
+    "open_device",
     "profile",
     "public_loss",
     "start",

@@ -4,7 +4,6 @@ What does not depend on the run (the fused full model, profiles, submodels) is k
 content, so the next run starts at once.
 """
 
-import shutil
 from collections.abc import Callable
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from proxymoe.simulations import worker
 from proxymoe.simulations.pool import WorkerPool, result_of
 from proxymoe.simulations.site import Site, VirtualDevice, asset, virtual_devices
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, how much is done, and of how much."""
+Stage = Callable[[str, int, int], None]
+"""Progress: told what is going on, how much is done, and of how much."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,7 @@ def open_site(experiment: Experiment, cache: Path) -> tuple[Site, BaseCheckpoint
     return Site(experiment, base.digest, full, cache / "submodels", layout, devices), base
 
 
-def profile_base(
-    pool: WorkerPool, base: BaseCheckpoint, cache: Path, progress: Progress
-) -> Profile:
+def profile_base(pool: WorkerPool, base: BaseCheckpoint, cache: Path, stage: Stage) -> Profile:
     """The base model's profile on all public domains; domains already in the cache are kept."""
     experiment = pool.site.experiment
     files = sorted(asset(experiment.calibration).glob("*.jsonl"))
@@ -74,14 +71,9 @@ def profile_base(
     key = digest_of(canonical_json([base.digest, text, experiment.calibration_tokens]))
     folder = cache / f"profile-{key[:24]}"
     todo = [path.stem for path in files if not (folder / f"{path.stem}.safetensors").exists()]
-    progress("profile", len(files) - len(todo), len(files))
+    stage("profile", len(files) - len(todo), len(files))
     futures = [pool.submit(worker.profile, domain, folder) for domain in todo]
     for done, future in enumerate(as_completed(futures), start=len(files) - len(todo) + 1):
         result_of(future)
-        progress("profile", done, len(files))
+        stage("profile", done, len(files))
     return load_profile(folder, base.digest)
-
-
-def clear(cache: Path) -> None:
-    """Removes everything that can be made again."""
-    shutil.rmtree(cache, ignore_errors=True)
