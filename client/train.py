@@ -13,7 +13,7 @@ from proxymoe.common.attach import AttachedAdapter
 from proxymoe.common.config import TrainSettings
 from proxymoe.common.errors import Diverged
 from proxymoe.common.experts import only_valid_tokens
-from proxymoe.common.loss import completion_loss
+from proxymoe.common.loss import completion_loss, only_predicted
 from proxymoe.common.model import LoadedModel
 from proxymoe.common.text import Batch, Example, shuffled_batches
 
@@ -89,8 +89,8 @@ def _optimizer(vector: Tensor, settings: TrainSettings) -> torch.optim.Optimizer
 
 
 def _step(model: torch.nn.Module, adapter: AttachedAdapter, vector: Tensor, batch: Batch) -> float:
-    # Checkpointed layers run again in the backward pass, and must skip the same padding there.
-    with only_valid_tokens(batch.valid):
+    # Checkpointed layers run again in the backward pass, and must skip the same tokens there.
+    with only_valid_tokens(batch.valid), only_predicted(model, batch):
         adapter.bind(vector)
         loss = completion_loss(model, batch)
         loss.backward()

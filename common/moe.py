@@ -121,6 +121,13 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return found
 
 
+def last_block(model: nn.Module) -> nn.Module | None:
+    """The MoE block that ends the model's last decoder layer; None if that layer is dense."""
+    last = moe_layers(model)[-1]
+    count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    return last.block if last.position == count - 1 else None
+
+
 def attention_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """(full module path, module) of every linear in the model's attention modules."""
     for name, module in model.named_modules():

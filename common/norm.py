@@ -20,7 +20,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = hidden.to(torch.float32)
         inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-        normed = (wide * inverse).to(hidden.dtype)
+        # A fresh megabyte costs more than the product: reuse the copy, where it is one.
+        normed = (wide * inverse if wide is hidden else wide.mul_(inverse)).to(hidden.dtype)
         ctx.save_for_backward(normed, inverse, weight)
         return weight * normed
 
@@ -30,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
         slope = upstream[0] * weight
         overlap = (slope * normed).sum(-1, keepdim=True, dtype=torch.float32)
         shift = (overlap / normed.shape[-1]).to(slope.dtype)
-        return torch.addcmul(slope, normed, shift, value=-1) * inverse.to(slope.dtype), None, None
+        return slope.addcmul_(normed, shift, value=-1).mul_(inverse.to(slope.dtype)), None, None
 
 
 def install_norms(model: nn.Module) -> None:

@@ -22,10 +22,12 @@ from proxymoe.common.errors import DataError
 
 LENGTH_STEP = 16
 """Rows are a multiple of this many tokens long: few shapes, few compiled kernels."""
-MIN_ROW = 64
-"""Tokens of the shortest row; short examples share it."""
+MIN_ROW = 128
+"""Tokens of the shortest row; short examples share it, with little padding whatever they are."""
 TARGET_STEP = 32
 """Predicted positions of a batch are padded to a multiple of this."""
+TOKENS_PER_BATCH = 1024
+"""Of text that is only read; larger batches are no faster on a CPU and take more memory."""
 IGNORED = -100
 """Target of a padded position."""
 
@@ -151,19 +153,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     Rows are as long as the longest example or MIN_ROW; examples go, longest first, into the first
     row with room. Packing wastes few tokens whatever the lengths, so batches can be random.
     """
-    longest = max(len(example.tokens) for example in examples)
-    length = max(MIN_ROW, _round_up(longest, LENGTH_STEP))
-    rows: list[list[Example]] = []
-    room: list[int] = []
-    for example in sorted(examples, key=lambda example: -len(example.tokens)):
-        size = len(example.tokens)
-        at = next((i for i, free in enumerate(room) if free >= size), len(rows))
-        if at == len(rows):
-            rows.append([])
-            room.append(length)
-        rows[at].append(example)
-        room[at] -= size
-    return _packed(rows, length)
+    return _packed(*_first_fit(examples))
 
 
 def shuffled_batches(
@@ -181,10 +171,31 @@ def shuffled_batches(
     return [collate([examples[i] for i in chunk]) for chunk in chunks]
 
 
-def sequential_batches(examples: Sequence[Example], batch_size: int) -> list[Batch]:
-    """All examples once, in batches of similar length."""
-    order = sorted(examples, key=lambda example: len(example.tokens))
-    return [collate(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+def packed_batches(examples: Sequence[Example], max_tokens: int = TOKENS_PER_BATCH) -> list[Batch]:
+    """All examples once, longest first, in batches of one shape (the last may have fewer rows).
+
+    A batch has at most `max_tokens` tokens, or one row.
+    """
+    rows, length = _first_fit(examples)
+    count = max(1, max_tokens // length)
+    return [_packed(rows[i : i + count], length) for i in range(0, len(rows), count)]
+
+
+def _first_fit(examples: Sequence[Example]) -> tuple[list[list[Example]], int]:
+    """The examples of each row, and the rows' length."""
+    longest = max(len(example.tokens) for example in examples)
+    length = max(MIN_ROW, _round_up(longest, LENGTH_STEP))
+    rows: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=lambda example: -len(example.tokens)):
+        size = len(example.tokens)
+        at = next((i for i, free in enumerate(room) if free >= size), len(rows))
+        if at == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[at].append(example)
+        room[at] -= size
+    return rows, length
 
 
 def _packed(rows: list[list[Example]], length: int) -> Batch:
@@ -203,11 +214,13 @@ def _packed(rows: list[list[Example]], length: int) -> Batch:
             targets += example.tokens[example.start :]
             first = end
     padding = _round_up(len(targets), TARGET_STEP) - len(targets)
+    # Positions that predict nothing, so that none occurs twice; zero where they run out.
+    silent = [*set(range(len(rows) * length)).difference(where), *[0] * padding]
     return Batch(
         tokens,
         positions,
         owners,
-        torch.tensor(where + [0] * padding),
+        torch.tensor(where + silent[:padding]),
         torch.tensor(targets + [IGNORED] * padding),
     )
 

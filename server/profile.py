@@ -22,9 +22,7 @@ from proxymoe.common.experts import Observer, expert_state
 from proxymoe.common.loss import predicted_states
 from proxymoe.common.model import LoadedModel
 from proxymoe.common.moe import moe_layers
-from proxymoe.common.text import Example, sequential_batches
-
-BATCH_SIZE = 16
+from proxymoe.common.text import Example, packed_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +108,7 @@ def profile_domain(
         expert_state(layer.experts).observer = _observer(sums[layer.position])
     num_tokens = 0
     try:
-        for batch in sequential_batches(_head(examples, max_tokens), BATCH_SIZE):
+        for batch in packed_batches(_head(examples, max_tokens)):
             with torch.no_grad():
                 predicted_states(loaded.model, batch)
             num_tokens += (seen := int(batch.valid.sum()))

@@ -28,6 +28,7 @@ from rich.logging import RichHandler  # noqa: E402
 from proxymoe.common.config import Experiment, load_experiment  # noqa: E402
 from proxymoe.common.errors import ConfigError, ProxyMoEError  # noqa: E402
 from proxymoe.common.files import write_bytes  # noqa: E402
+from proxymoe.simulations.forkserver import start_forkserver  # noqa: E402
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 CONFIG = "experiment.toml"
@@ -68,6 +69,7 @@ def simulate(
         _fail(console, error)
     _log_to(folder / "run.log", console)
     try:
+        start_forkserver()
         # Importing torch takes seconds; a typing error in a file should not cost them.
         from proxymoe.simulations.session import run  # noqa: PLC0415
 
@@ -120,7 +122,7 @@ def _log_to(path: Path, console: Console) -> None:
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     to_screen = RichHandler(logging.WARNING, console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, handlers=[to_file, to_screen])
-    for noisy in ("httpx", "matplotlib", "ray", "transformers"):
+    for noisy in ("alembic", "httpx", "matplotlib", "ray", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -8,9 +8,9 @@ good proxy can hide a bad return. Cells are kept as files, so an interrupted com
 import dataclasses
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -132,7 +132,7 @@ def single_cell(name: str, plan: Plan | None, train: TrainSettings, seed: int) -
     tuned = worker.tune_locally(name, plan, None, train, seed)
     alone = None if plan is None else worker.evaluate(name, plan, tuned.vector)
     return _qualities(
-        base=worker.evaluate(name, None, None),
+        base=base_quality(name, "own"),
         untuned=None if plan is None else worker.evaluate(name, plan, None),
         alone=alone,
         plugged=worker.evaluate(name, None, tuned.vector),
@@ -145,12 +145,24 @@ def single_cell(name: str, plan: Plan | None, train: TrainSettings, seed: int) -
     }
 
 
+@cache
+def base_quality(name: str, among: Literal["own", "all"]) -> Quality:
+    """The full model's quality without an adapter; measured once per worker."""
+    return worker.evaluate(name, None, None, among)
+
+
+@cache
+def base_public_loss() -> dict[str, float]:
+    """The full model's loss per public domain without an adapter; measured once per worker."""
+    experiment = worker.here().site.experiment
+    return worker.public_loss(None, experiment.evaluate.public_rows, experiment.train.max_tokens)
+
+
 def _forgetting(vector: np.ndarray) -> float:
     experiment = worker.here().site.experiment
     rows, length = experiment.evaluate.public_rows, experiment.train.max_tokens
-    before = worker.public_loss(None, rows, length)
-    mean = forgetting(before, worker.public_loss(vector, rows, length))["mean"]
-    return float(mean)
+    after = worker.public_loss(vector, rows, length)
+    return float(forgetting(base_public_loss(), after)["mean"])
 
 
 def _federated_cells(
@@ -208,8 +220,8 @@ def plugged_cell(name: str, plan: Plan, vector: np.ndarray) -> Cell:
     """A worker's job: measures a federated adapter on one device's test rows."""
     whole = plan.keeps_all
     return _qualities(
-        base=worker.evaluate(name, None, None),
-        base_all=worker.evaluate(name, None, None, "all"),
+        base=base_quality(name, "own"),
+        base_all=base_quality(name, "all"),
         alone=None if whole else worker.evaluate(name, plan, vector),
         plugged=worker.evaluate(name, None, vector),
         plugged_all=worker.evaluate(name, None, vector, "all"),
@@ -219,10 +231,12 @@ def plugged_cell(name: str, plan: Plan, vector: np.ndarray) -> Cell:
 def _local_cells(
     world: World, pool: WorkerPool, keep: _Keeper, names: tuple[str, ...], experiment: Experiment
 ) -> list[Cell]:
-    """Every device alone on its proxy, with as many local steps as the federation took."""
-    steps = experiment.federation.rounds * experiment.train.steps
-    shape = {"steps": steps, "optimizer": "adamw", "decay": True}
-    shape |= {"learning_rate": experiment.personal.local_learning_rate, "warmup_steps": 10}
+    """Every device alone on its proxy, with the local steps that it made in the federation."""
+    settings = experiment.federation
+    asked = settings.rounds * min(settings.cohort_size or len(names), len(names)) / len(names)
+    shape: dict[str, Any] = {"steps": round(asked * experiment.train.steps)}
+    shape |= {"optimizer": "adamw", "decay": True, "warmup_steps": 10}
+    shape |= {"learning_rate": experiment.personal.local_learning_rate}
     train = experiment.train.model_copy(update=shape)
     cells, pending = [], {}
     for name in names:

@@ -82,13 +82,16 @@ def federate(
     size = federation.layout.size
     state = journal.latest(size) if journal else initial_state(size)
     reports = journal.reports(state.round) if journal else []
+    unwritten: list[RoundReport] = []
     while state.round < federation.settings.rounds:
         summation = PlainSum(federation.layout)
         log.info("round %d: %s", state.round + 1, summation.notice)
         state, report = run_round(federation, state, transport_of(state.round + 1), summation)
         _log(report)
-        if journal:
-            journal.write(state, report)
+        unwritten.append(report)
+        if journal and state.proven is None:
+            journal.write(state, unwritten)
+            unwritten = []
         reports.append(asdict(report))
         done(report)
     return Outcome(state, reports)

@@ -1,25 +1,28 @@
 """Worker processes, and the in-process transport over them.
 
-Two pools share one fork server that has imported torch once: a warm one whose workers live as
-long as the run, and a solo one that gives each job a fresh process, so that its memory can be
-measured.
+One fork server imports torch once, for warm workers that live as long as the run, and for solo
+processes of one job each, so that the job's memory can be measured.
 """
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import (
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, ParamSpec, Self, TypeVar
 
 from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.plan import Plan
 from proxymoe.simulations import worker
+from proxymoe.simulations.forkserver import start_forkserver
 from proxymoe.simulations.site import Site
 
 P = ParamSpec("P")
 R = TypeVar("R")
-PRELOADED = ["torch", "transformers", "proxymoe.simulations.worker"]
 
 
 class WorkerPool:
@@ -30,12 +33,11 @@ class WorkerPool:
 
     def __init__(self, site: Site, workers: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        self._context = start_forkserver()
         self.site = site
-        self._warm = ProcessPoolExecutor(workers, context, worker.start, (site,))
-        # One at a time: a measured device has the machine's memory to itself, like a real one.
-        self._solo = ProcessPoolExecutor(1, context, max_tasks_per_child=1)
+        self._warm = ProcessPoolExecutor(workers, self._context, worker.start, (site,))
+        self._solo = ThreadPoolExecutor(workers)
+        self._alone = set[ProcessPoolExecutor]()
 
     def submit(self, job: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> "Future[R]":
         """Runs a job of `worker` on a warm worker."""
@@ -44,8 +46,17 @@ class WorkerPool:
     def submit_alone(
         self, job: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs
     ) -> "Future[R]":
-        """Runs a job in a process of its own."""
-        return self._solo.submit(job, *args, **kwargs)
+        """Runs a job in a process of its own, as many at a time as there are workers."""
+
+        def run() -> R:
+            with ProcessPoolExecutor(1, self._context) as process:
+                self._alone.add(process)
+                try:
+                    return process.submit(job, *args, **kwargs).result()
+                finally:
+                    self._alone.discard(process)
+
+        return self._solo.submit(run)
 
     def map(self, job: Callable[..., R], calls: list[tuple[Any, ...]]) -> list[R]:
         """Runs all calls on the warm workers; results in order."""
@@ -56,7 +67,8 @@ class WorkerPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for executor in (self._warm, self._solo):
+        self._solo.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._warm, *self._alone):
             processes = list((executor._processes or {}).values())
             executor.shutdown(wait=kind is None, cancel_futures=True)
             if kind is not None:

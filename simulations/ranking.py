@@ -5,7 +5,7 @@ an attention mask lets each node see the prompt and its ancestors only. That is 
 times cheaper than one sequence per candidate.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,9 @@ from proxymoe.common.errors import DataError
 from proxymoe.common.experts import only_valid_tokens
 from proxymoe.common.loss import Quality
 from proxymoe.common.model import LoadedModel
-from proxymoe.common.text import Example
+from proxymoe.common.text import TOKENS_PER_BATCH, Example
 
-LENGTH_STEP = 8
-TOKENS_PER_BATCH = 1024
+LENGTH_STEP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +91,13 @@ def ranked_quality(
                 "must not cut it"
             )
     right, loss, num_tokens = 0, 0.0, 0
-    for batch in _batches(examples, tree):
-        scores = _scores(loaded, [example.tokens[: example.start] for example in batch], tree)
+    # One width for all batches: few shapes, few compiled kernels.
+    width = _round_up(max(example.start for example in examples))
+    size = max(1, TOKENS_PER_BATCH // _round_up(width + len(tree.tokens)))
+    for start in range(0, len(examples), size):
+        batch = examples[start : start + size]
+        prompts = [example.tokens[: example.start] for example in batch]
+        scores = _scores(loaded, prompts, width, tree)
         gold = torch.tensor([gold_of[example.tokens[example.start :]] for example in batch])
         right += int((scores.argmax(1) == gold).sum())
         loss -= float(scores.gather(1, gold[:, None]).sum())
@@ -101,18 +105,12 @@ def ranked_quality(
     return Quality(loss / num_tokens, right / len(examples))
 
 
-def _batches(examples: Sequence[Example], tree: AnswerTree) -> Iterator[list[Example]]:
-    order = sorted(examples, key=lambda example: example.start)
-    size = max(1, TOKENS_PER_BATCH // (order[-1].start + len(tree.tokens)))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-def _scores(loaded: LoadedModel, prompts: list[tuple[int, ...]], tree: AnswerTree) -> Tensor:
-    """(B, candidates) total log-likelihoods."""
+def _scores(
+    loaded: LoadedModel, prompts: list[tuple[int, ...]], width: int, tree: AnswerTree
+) -> Tensor:
+    """(B, candidates) total log-likelihoods; prompts are at most `width` tokens long."""
     count, num_nodes = len(prompts), len(tree.tokens)
-    width = -(-max(map(len, prompts)) // LENGTH_STEP) * LENGTH_STEP
-    length = -(-(width + num_nodes) // LENGTH_STEP) * LENGTH_STEP
+    length = _round_up(width + num_nodes)
     tokens = torch.zeros(count, length, dtype=torch.long)
     positions = torch.zeros(count, length, dtype=torch.long)
     valid = torch.zeros(count, length, dtype=torch.bool)
@@ -147,3 +145,7 @@ def _scores(loaded: LoadedModel, prompts: list[tuple[int, ...]], tree: AnswerTre
     owner, node, token = (torch.tensor(column) for column in zip(*steps, strict=True))
     picked = log_probs[:, node, token]
     return picked.new_zeros(count, len(tree.paths)).index_add(1, owner, picked)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP

@@ -29,7 +29,7 @@ from proxymoe.common.measure import peak_rss_mb
 from proxymoe.common.model import LoadedModel, compute_dtype, load, redirects
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.plan import Plan, RouterMode
-from proxymoe.common.text import Example, collate, sequential_batches
+from proxymoe.common.text import Example, collate, packed_batches
 from proxymoe.server.profile import profile_domain, save_domain
 from proxymoe.simulations.ranking import ranked_quality
 from proxymoe.simulations.site import (
@@ -40,7 +40,6 @@ from proxymoe.simulations.site import (
     public_examples,
 )
 
-EVALUATION_BATCH = 16
 ORPHAN_POLL_SECONDS = 2.0
 
 
@@ -186,7 +185,7 @@ def evaluate(
         if vector is not None:
             adapter.bind(layout.take_from(worker.site.layout, torch.from_numpy(vector)))
         if not worker.site.device(name).answers:
-            return token_quality(loaded.model, sequential_batches(examples, EVALUATION_BATCH))
+            return token_quality(loaded.model, packed_batches(examples))
         everyone = tuple(d.name for d in worker.site.devices if d.answers)
         return ranked_quality(
             loaded, examples, worker.candidates((name,) if among == "own" else everyone)
@@ -202,8 +201,7 @@ def public_loss(vector: np.ndarray | None, max_rows: int, max_tokens: int) -> di
             adapter.bind(torch.from_numpy(vector))
         for domain in worker.site.experiment.evaluate.public_domains:
             examples = worker.public(domain, max_rows, max_tokens)
-            batches = sequential_batches(examples, EVALUATION_BATCH)
-            losses[domain] = token_quality(loaded.model, batches).loss
+            losses[domain] = token_quality(loaded.model, packed_batches(examples)).loss
     return losses
 
 

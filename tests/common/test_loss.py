@@ -1,13 +1,17 @@
 """The loss is cross entropy on completions, whatever chunks it is computed in."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from proxymoe.common.adapter import adapter_layout
 from proxymoe.common.attach import AttachedAdapter
-from proxymoe.common.loss import CHUNK_ROWS, completion_loss, token_quality
-from proxymoe.common.text import IGNORED, Example, collate, sequential_batches
+from proxymoe.common.experts import only_valid_tokens
+from proxymoe.common.loss import CHUNK_ROWS, completion_loss, only_predicted, token_quality
+from proxymoe.common.moe import moe_layers
+from proxymoe.common.text import IGNORED, Example, collate, packed_batches
 from tests.tiny import assert_near, some_tokens
 
 LENGTHS = [(30, 1), (96, 90), (120, 7), (5, 4), (120, 1)]
@@ -36,6 +40,56 @@ def test_the_loss_is_the_mean_cross_entropy_of_completion_tokens(model):
     assert batch.targets.numel() > CHUNK_ROWS
     total, _, count = by_hand(model.stock, examples_of())
     assert_near(completion_loss(model.full.model, batch), total / count)
+
+
+def loss_and_gradient(model, examples, narrow, checkpointed=False):
+    layout = adapter_layout(model.base.skeleton, ("attention", "shared", "experts"), 4, 0)
+    start = 0.05 * torch.randn(layout.size, generator=torch.Generator().manual_seed(2))
+    vector, batch, network = start.requires_grad_(), collate(examples), model.full.model
+    if checkpointed:
+        network.activation_checkpointing_enable({"use_reentrant": False})
+        network.disable_input_require_grads()  # only reentrant checkpoints need it
+        network.train()
+    narrowed = only_predicted(network, batch) if narrow else contextlib.nullcontext()
+    try:
+        with AttachedAdapter(network, layout) as adapter, only_valid_tokens(batch.valid), narrowed:
+            adapter.bind(vector)
+            loss = completion_loss(network, batch)
+            loss.backward()
+    finally:
+        network.activation_checkpointing_disable()
+        network.eval()
+    assert vector.grad is not None
+    return loss.detach(), vector.grad / vector.grad.norm()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("lengths", [[(60, 50), (60, 1)], [(64, 60)] * 8, LENGTHS])
+def test_the_last_block_is_only_needed_where_a_token_is_predicted(model, lengths, checkpointed):
+    whole, narrow = (
+        loss_and_gradient(model, examples_of(lengths), narrow, checkpointed)
+        for narrow in (False, True)
+    )
+    assert_near(narrow[0], whole[0])
+    assert_near(narrow[1], whole[1], 1e-6)
+
+
+def test_the_last_block_sees_fewer_tokens(model):
+    batch = collate(examples_of([(64, 60)] * 8))
+    rows = []
+    layers = moe_layers(model.full.model)
+    handles = [
+        layer.router.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[-2]))
+        for layer in layers
+    ]
+    with only_predicted(model.full.model, batch):
+        completion_loss(model.full.model, batch)
+    completion_loss(model.full.model, batch)
+    for handle in handles:
+        handle.remove()
+    half = len(layers)
+    assert rows[half - 1] == batch.where.numel() < rows[-1]
+    assert rows[: half - 1] == rows[half:-1]
 
 
 def test_the_gradient_is_that_of_the_mean_cross_entropy(model):
@@ -73,8 +127,8 @@ def test_a_scaled_loss_has_a_scaled_gradient(qwen):
 
 def test_quality_is_the_mean_over_tokens_however_they_are_batched(model):
     total, right, count = by_hand(model.stock, examples_of())
-    for size in (1, 2, 5):
-        found = token_quality(model.full.model, sequential_batches(examples_of(), size))
+    for size in (1, 256, 4096):
+        found = token_quality(model.full.model, packed_batches(examples_of(), size))
         assert found.loss == pytest.approx(float(total / count), rel=1e-5)
         assert found.accuracy == right / count
 

@@ -17,8 +17,8 @@ from proxymoe.common.text import (
     Example,
     TooLong,
     collate,
+    packed_batches,
     read_rows,
-    sequential_batches,
     shuffled_batches,
     tokenise,
 )
@@ -243,6 +243,8 @@ def test_a_batch_predicts_every_completion_token_from_the_one_before(content):
     assert batch.where.shape == batch.targets.shape
     assert len(batch.targets) % TARGET_STEP == 0
     assert int(real.sum()) == sum(example.num_targets for example in content)
+    if 2 * batch.where.numel() <= batch.tokens.numel():
+        assert len(set(batch.where.tolist())) == batch.where.numel()
     where = batch.where[real]
     assert torch.equal(batch.tokens.view(-1)[where + 1], batch.targets[real])
     assert torch.equal(batch.owners.view(-1)[where + 1], batch.owners.view(-1)[where])
@@ -309,9 +311,11 @@ def test_one_example_fills_a_batch():
 
 
 @few
-@given(examples, st.integers(1, 5))
-def test_sequential_batches_hold_every_example_once(content, size):
-    batches = sequential_batches(content, size)
-    assert all(len(members(batch)) <= size for batch in batches)
+@given(examples, st.integers(1, 300))
+def test_packed_batches_hold_every_example_once_in_one_shape(content, max_tokens):
+    batches = packed_batches(content, max_tokens)
     found = [tokens for batch in batches for tokens in members(batch)]
     assert sorted(found) == sorted(example.tokens for example in content)
+    assert all(b.tokens.shape[0] == 1 or b.tokens.numel() <= max_tokens for b in batches)
+    assert len({batch.tokens.shape for batch in batches[:-1]}) <= 1
+    assert len({batch.tokens.shape[1] for batch in batches}) == 1

@@ -12,7 +12,7 @@ from proxymoe.common.config import FederationSettings, TrainSettings
 from proxymoe.common.loss import token_quality
 from proxymoe.common.model import load
 from proxymoe.common.plan import LayerPlan, Plan
-from proxymoe.common.text import sequential_batches, tokenise
+from proxymoe.common.text import packed_batches, tokenise
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.journal import Journal, initial_state
 from proxymoe.server.round import Federation, FederationState, Member, RoundReport
@@ -42,9 +42,9 @@ class Household:
         rows = [example for device in self.owned.values() for example in device.examples]
         with AttachedAdapter(self.full.model, self.layout) as attached:
             attached.bind(adapter)
-            return token_quality(self.full.model, sequential_batches(rows, 6)).loss
+            return token_quality(self.full.model, packed_batches(rows)).loss
 
-    def federation(self, rounds: int) -> Federation:
+    def federation(self, rounds: int, canary_every: int = 1) -> Federation:
         return Federation(
             run="household",
             base=self.base.digest,
@@ -52,7 +52,12 @@ class Household:
             layout=self.layout,
             members={n: Member(d.loaded.plan, d.layout) for n, d in self.owned.items()},
             train=TRAIN,
-            settings=FederationSettings(rounds=rounds, server_learning_rate=1.0, momentum=0.5),
+            settings=FederationSettings(
+                rounds=rounds,
+                server_learning_rate=1.0,
+                momentum=0.5,
+                canary_every=canary_every,
+            ),
             canary=self.loss,
             canary_limit=20.0,
         )
@@ -72,7 +77,9 @@ def household(qwen, tmp_path_factory):
     return Household(qwen, tmp_path_factory.mktemp("household"))
 
 
-def run(household, journal, rounds=4, stop_after=None) -> tuple[FederationState, list[RoundReport]]:
+def run(
+    household, journal, rounds=4, stop_after=None, canary_every=1
+) -> tuple[FederationState, list[RoundReport]]:
     """Federates until the end, or until an interrupt after some rounds."""
     reports: list[RoundReport] = []
 
@@ -81,7 +88,7 @@ def run(household, journal, rounds=4, stop_after=None) -> tuple[FederationState,
         if report.round == stop_after:
             raise KeyboardInterrupt
 
-    federation = household.federation(rounds)
+    federation = household.federation(rounds, canary_every)
     try:
         state = federate(federation, lambda _: household, journal, done).state
     except KeyboardInterrupt:
@@ -103,6 +110,17 @@ def test_four_rounds_equal_two_a_stop_and_two_more_with_real_tuning(household, w
     assert torch.equal(resumed.adapter, whole[0].adapter)
     assert torch.equal(resumed.strategy.momentum, whole[0].strategy.momentum)
     assert [r["canary_loss"] for r in journal.reports(4)] == [r.canary_loss for r in whole[1]]
+
+
+def test_a_stop_between_two_checks_goes_on_from_the_first(household, tmp_path):
+    whole, _ = run(household, None, canary_every=2)
+    journal = Journal(tmp_path)
+    stopped, _ = run(household, journal, stop_after=3, canary_every=2)
+    assert stopped.round == 2
+    resumed, reports = run(household, Journal(tmp_path), canary_every=2)
+    assert [report.round for report in reports] == [3, 4]
+    assert torch.equal(resumed.adapter, whole.adapter)
+    assert [report["round"] for report in journal.reports(4)] == [1, 2, 3, 4]
 
 
 def test_a_finished_run_is_not_run_again(household, tmp_path):
