@@ -18,7 +18,12 @@ from proxymoe.common.model import LoadedModel
 from proxymoe.common.text import Batch, Example, shuffled_batches
 
 EXPLOSION = 3.0
-"""Training stops when the loss passes this many times the first loss plus one nat."""
+"""Training stops when the loss passes this many times the first loss plus one nat,"""
+WORSE_THAN_GUESSING = 1.0
+"""or, however bad the start was, passes start and uniform guessing by this many nats.
+
+Normalisation bounds what absurd weights can do to the logits: a loss may never triple.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,9 @@ def tune(
                     group["lr"] = settings.learning_rate * rate(step, settings)
                 loss = _step(model, adapter, vector, batch)
                 losses.append(loss)
-                if not math.isfinite(loss) or loss > EXPLOSION * (losses[0] + 1.0):
+                if not loss <= highest_sane_loss(
+                    losses[0], model.config.get_text_config().vocab_size
+                ):
                     raise Diverged(
                         f"loss {loss:.3g} at step {step + 1} after {losses[0]:.3g} at the start; "
                         "lower the learning rate or check the data"
@@ -74,6 +81,14 @@ def tune(
     if not bool(torch.isfinite(tuned).all()):
         raise Diverged("the adapter is not finite after tuning; lower the learning rate")
     return Tuned(tuned, tuple(losses))
+
+
+def highest_sane_loss(first: float, vocab_size: int) -> float:
+    """The highest loss of a training that is still sane; −inf if it began with NaN."""
+    if not math.isfinite(first):
+        return -math.inf
+    guessing = math.log(vocab_size)
+    return min(EXPLOSION * (first + 1.0), max(first, guessing) + WORSE_THAN_GUESSING)
 
 
 def rate(step: int, settings: TrainSettings) -> float:

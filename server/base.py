@@ -45,7 +45,11 @@ class BaseCheckpoint:
         self.pieces = self._cached_pieces(cache)
         # Sorted, so that it does not matter how the checkpoint is cut into shards.
         entries = [[p.target, p.expert or 0, p.part, p.digest] for p in self.pieces]
-        self.digest = digest_of(canonical_json(sorted(entries)))
+        settings = json.loads(json.dumps(self.config.to_dict()))
+        # Who wrote the file does not change what the model computes.
+        for incidental in ("transformers_version", "_name_or_path"):
+            settings.pop(incidental, None)
+        self.digest = digest_of(canonical_json([settings, sorted(entries)]))
 
     @property
     def num_experts(self) -> dict[int, int]:

@@ -83,10 +83,7 @@ def extract(
         saliency=settings.saliency.value,
         offsets=digest_of(*(bytes_of(o) for o in offsets.values())) if offsets else None,
     )
-    table_bytes = sum(
-        o.count_nonzero(dim=1).bool().sum().item() * o.shape[1] * 2 for o in offsets.values()
-    )
-    return Extraction(plan, offsets, base.manifest(plan).num_bytes + int(table_bytes))
+    return Extraction(plan, offsets, base.manifest(plan).num_bytes + _table_bytes(base, settings))
 
 
 def budget_bytes(base: BaseCheckpoint, settings: ExtractSettings) -> int:
@@ -120,7 +117,7 @@ def allocate(
     base: BaseCheckpoint, scores: Scores, budget: int, settings: ExtractSettings
 ) -> dict[int, list[int]]:
     """Kept experts per layer: the floor first, then the best score per byte while bytes last."""
-    cost = _expert_cost(base, settings)
+    cost = base.expert_bytes
     order = {at: list(np.argsort(-values, kind="stable")) for at, values in scores.items()}
     fixed = base.trunk_bytes + _table_bytes(base, settings)
     smallest = fixed + sum(cost.values())
@@ -148,14 +145,8 @@ def allocate(
     return kept
 
 
-def _expert_cost(base: BaseCheckpoint, settings: ExtractSettings) -> dict[int, int]:
-    """Bytes that keeping one more expert takes; a kept expert frees its row of mean vectors."""
-    if settings.others is not Others.MEAN:
-        return dict(base.expert_bytes)
-    return {at: size - 2 * base.layers[at].hidden_size for at, size in base.expert_bytes.items()}
-
-
 def _table_bytes(base: BaseCheckpoint, settings: ExtractSettings) -> int:
+    """Bytes of the mean vectors of all experts, of which a `mean` submodel ships a table."""
     if settings.others is not Others.MEAN:
         return 0
     return sum(2 * layer.num_routed * layer.hidden_size for layer in base.layers.values())

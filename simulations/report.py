@@ -58,10 +58,10 @@ def show(metrics: dict[str, Any], console: Console) -> None:
     console.print(table)
     summary = metrics["summary"]
     rounds = metrics["rounds"]
-    sent = sum(r["uplink_bytes"] for r in rounds) / max(1, len(rounds) * len(devices))
+    sent = sum(r["uplink_bytes"] for r in rounds) / max(1, sum(r["num_updates"] for r in rounds))
     console.print(
         f"{len(rounds)} rounds in {summary['wall_seconds']:.0f} s, "
-        f"{sent / 1e6:.2f} MB sent per device and round, "
+        f"{sent / 1e6:.2f} MB per update, "
         f"{summary['trained_parameters']:,} trained parameters, "
         f"peak memory {summary['peak_rss_mb']:.0f} MB; "
         f"public text lost {summary['forgetting']['mean']:.2f} nats"

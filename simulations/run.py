@@ -1,5 +1,6 @@
 """One experiment, from base model to metrics: profile, cut, federate, personalise, measure."""
 
+import logging
 import platform
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -32,6 +33,8 @@ from proxymoe.simulations.federate import (
 from proxymoe.simulations.pool import WorkerPool, result_of
 from proxymoe.simulations.site import VirtualDevice
 from proxymoe.simulations.world import Stage, World
+
+log = logging.getLogger(__name__)
 
 QUALITIES = (
     "base",
@@ -68,6 +71,7 @@ def run_experiment(
     cuts = cut_all(world, stage)
     plans = {cut.device.name: cut.plan for cut in cuts}
 
+    rows = count_rows(pool, cuts)
     total = experiment.federation.rounds
     federation = federation_of(pool, plans, experiment, run=experiment.digest[:32])
     outcome = run_rounds(
@@ -82,7 +86,8 @@ def run_experiment(
     personal = personal_adapters(pool, cuts, adapter.numpy(), stage)
     measured = measure(pool, cuts, adapter.numpy(), personal, stage)
     devices = [
-        device_metrics(cut, measured[cut.device.name], outcome.reports, world) for cut in cuts
+        device_metrics(cut, measured[cut.device.name], outcome.reports, world) | {"rows": counts}
+        for cut, counts in zip(cuts, rows, strict=True)
     ]
     return {
         "experiment": experiment.name,
@@ -105,6 +110,20 @@ def cut_all(world: World, stage: Stage) -> list[Cut]:
         cuts.append(Cut(device, world.cut(device, experiment.extract, experiment.seed)))
         stage("extract", len(cuts), len(world.site.devices))
     return cuts
+
+
+def count_rows(pool: WorkerPool, cuts: list[Cut]) -> list[dict[str, int]]:
+    """Every device's training rows; says which devices have rows that are too long."""
+    found = pool.map(worker.row_counts, [(cut.device.name,) for cut in cuts])
+    for cut, counts in zip(cuts, found, strict=True):
+        if counts["truncated"] or counts["dropped"]:
+            log.warning(
+                "%s: %d training rows used, %d of them truncated; %d dropped "
+                "(see train.max_tokens and train.too_long)",
+                cut.device.name,
+                *counts.values(),
+            )
+    return found
 
 
 def personal_adapters(

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from proxymoe.common.adapter import AdapterLayout
 from proxymoe.common.config import DeviceSettings, Experiment
 from proxymoe.common.errors import ConfigError
-from proxymoe.common.text import Example, TooLong, read_rows, tokenise
+from proxymoe.common.text import Example, Examples, TooLong, read_rows, tokenise
 
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "test")
@@ -69,7 +69,7 @@ def virtual_devices(groups: tuple[DeviceSettings, ...]) -> tuple[VirtualDevice, 
 
 def device_examples(
     device: VirtualDevice, split: str, tokenizer: PreTrainedTokenizerBase, experiment: Experiment
-) -> tuple[Example, ...]:
+) -> Examples:
     """The device's rows of one split; of `test`, a fixed draw of at most `max_items`."""
     rows = read_rows(device.folder / f"{split}.jsonl")
     limit = experiment.evaluate.max_items
@@ -77,7 +77,7 @@ def device_examples(
         rng = np.random.default_rng([0, len(rows)])
         rows = [rows[i] for i in sorted(rng.permutation(len(rows))[:limit])]
     train = experiment.train
-    return tokenise(rows, tokenizer, train.max_tokens, TooLong(train.too_long)).examples
+    return tokenise(rows, tokenizer, train.max_tokens, TooLong(train.too_long))
 
 
 def public_examples(

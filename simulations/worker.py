@@ -29,7 +29,7 @@ from proxymoe.common.measure import peak_rss_mb
 from proxymoe.common.model import LoadedModel, compute_dtype, load, redirects
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.plan import Plan, RouterMode
-from proxymoe.common.text import Example, collate, packed_batches
+from proxymoe.common.text import Example, Examples, collate, packed_batches
 from proxymoe.server.profile import profile_domain, save_domain
 from proxymoe.simulations.ranking import ranked_quality
 from proxymoe.simulations.site import (
@@ -63,7 +63,7 @@ class Worker:
             for layer in moe_layers(self.full.model)
         }
         self._sliced: tuple[str, LoadedModel] | None = None
-        self.examples = lru_cache(maxsize=None)(self._examples)
+        self.tokenised = lru_cache(maxsize=None)(self._tokenised)
         self.candidates = lru_cache(maxsize=None)(self._candidates)
         self.public = lru_cache(maxsize=None)(self._public)
 
@@ -87,7 +87,11 @@ class Worker:
                 layer.experts.register_parameter(name, weight)
         return LoadedModel(self.full.model, self.full.tokenizer, plan or self.full.plan)
 
-    def _examples(self, name: str, split: str) -> tuple[Example, ...]:
+    def examples(self, name: str, split: str) -> tuple[Example, ...]:
+        """The device's examples of one split."""
+        return self.tokenised(name, split).examples
+
+    def _tokenised(self, name: str, split: str) -> Examples:
         device = self.site.device(name)
         return device_examples(device, split, self.full.tokenizer, self.site.experiment)
 
@@ -127,6 +131,16 @@ def profile(domain: str, folder: Path) -> int:
     return num_tokens
 
 
+def row_counts(name: str) -> dict[str, int]:
+    """How many training rows a device has, and what became of those that are too long."""
+    found = here().tokenised(name, "train")
+    return {
+        "used": len(found.examples),
+        "truncated": found.num_truncated,
+        "dropped": found.num_dropped,
+    }
+
+
 def answer(name: str, plan: Plan, task: bytes) -> bytes:
     """A virtual device's answer to a training task."""
     worker = here()
@@ -142,7 +156,8 @@ def answer_alone(site: Site, name: str, plan: Plan, task: bytes) -> bytes:
 def open_device(site: Site, name: str, plan: str) -> Device:
     """A device opened as it would open itself: from the materialised submodel with this digest."""
     loaded = load(site.submodels / plan, compute_dtype(site.experiment.train.dtype))
-    examples = device_examples(site.device(name), "train", loaded.tokenizer, site.experiment)
+    device, tokenizer = site.device(name), loaded.tokenizer
+    examples = device_examples(device, "train", tokenizer, site.experiment).examples
     return Device(name, loaded, site.layout.held_under(loaded.plan), examples)
 
 
@@ -250,6 +265,7 @@ __all__ = [
     "open_device",
     "profile",
     "public_loss",
+    "row_counts",
     "start",
     "tune_locally",
 ]

@@ -1,11 +1,15 @@
 """Local tuning: it learns, it is reproducible, it stops when it diverges, it leaves no trace."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from proxymoe.client.train import rate, tune
+from proxymoe.client.train import highest_sane_loss, rate, tune
 from proxymoe.common.adapter import AdapterLayout, adapter_layout
 from proxymoe.common.config import TrainSettings
 from proxymoe.common.errors import Diverged
@@ -121,6 +125,18 @@ def test_an_absurd_learning_rate_diverges_from_a_good_start(qwen):
         Diverged, match=r"loss .* at step 2 after 0\.\d+ .*; lower the learning rate"
     ):
         tune(qwen.full, layout, learned.vector, TASK[:1], absurd, rng)
+
+
+@given(st.floats(0, 50), st.integers(2, 10**6))
+def test_a_loss_may_rise_but_neither_triple_nor_be_far_worse_than_guessing(first, vocab_size):
+    limit = highest_sane_loss(first, vocab_size)
+    assert first < limit <= 3 * (first + 1)
+    assert limit <= max(first, math.log(vocab_size)) + 1
+    assert not limit < highest_sane_loss(first, vocab_size // 2 + 1)
+
+
+def test_no_loss_is_sane_after_one_that_is_no_number():
+    assert highest_sane_loss(math.nan, 100) == -math.inf
 
 
 def test_a_learning_rate_that_no_number_holds_is_no_setting():

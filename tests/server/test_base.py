@@ -58,6 +58,15 @@ def test_the_same_checkpoint_has_the_same_digest_and_another_one_another(qwen, c
     assert BaseCheckpoint(other).digest != qwen.base.digest
 
 
+def test_the_digest_covers_what_config_json_says_the_model_computes(qwen, copy):
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"transformers_version": "99.0"}))
+    assert BaseCheckpoint(copy).digest == qwen.base.digest
+    path.write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert BaseCheckpoint(copy).digest != qwen.base.digest
+
+
 def test_one_changed_byte_changes_one_piece_and_the_digest(qwen, copy):
     place = qwen.base.checkpoint.ranges["model.layers.1.mlp.experts.5.up_proj.weight"]
     content = bytearray((copy / WEIGHTS).read_bytes())

@@ -220,6 +220,8 @@ def test_a_mean_plan_differs_from_one_with_other_means(qwen):
         layer.output.neg_()
     settings = ExtractSettings(others=Others.MEAN, kept_fraction=0.5)
     other = extract(qwen.base, profile, {"domain0": 1.0}, settings, rng)
+    tables = sum(o.numel() * o.element_size() for o in one.offsets.values())
+    assert one.num_bytes == qwen.base.manifest(one.plan).num_bytes + tables
     assert one.plan.layers == other.plan.layers
     assert one.plan.digest != other.plan.digest
 

@@ -1,5 +1,6 @@
 """Virtual devices compute what real ones compute."""
 
+import dataclasses
 import signal
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from proxymoe.common.config import ExtractSettings
-from proxymoe.common.errors import ConfigError, PlanError
+from proxymoe.common.errors import ConfigError, DataError, PlanError
 from proxymoe.common.messages import TrainReply, TrainTask, decode, encode
 from proxymoe.common.model import load
 from proxymoe.common.plan import Plan
@@ -147,9 +148,26 @@ def test_test_rows_are_a_fixed_draw(world):
         update={"evaluate": site.experiment.evaluate.model_copy(update={"max_items": 3})}
     )
     drawn = device_examples(site.devices[0], "test", here.full.tokenizer, few)
-    assert len(drawn) == 3
+    assert len(drawn.examples) == 3
     assert drawn == device_examples(site.devices[0], "test", here.full.tokenizer, few)
-    assert set(drawn) < set(here.examples("kitchen", "test"))
+    assert set(drawn.examples) < set(here.examples("kitchen", "test"))
+
+
+def test_rows_that_are_too_long_are_counted_for_the_owner(world, monkeypatch):
+    assert worker.row_counts("kitchen")["truncated"] == 0
+    used = worker.row_counts("kitchen")["used"]
+    site = world.site
+    for how, expected in (("truncate", (used, used, 0)), ("drop", None)):
+        train = site.experiment.train.model_copy(update={"max_tokens": 8, "too_long": how})
+        short = dataclasses.replace(
+            site, experiment=site.experiment.model_copy(update={"train": train})
+        )
+        monkeypatch.setattr(worker, "_worker", worker.Worker(short))
+        if expected is None:
+            with pytest.raises(DataError, match=r"none of .* rows fits into 8 tokens"):
+                worker.row_counts("kitchen")
+        else:
+            assert tuple(worker.row_counts("kitchen").values()) == expected
 
 
 def test_missing_assets_and_devices_are_named(world, tmp_path):
