@@ -52,6 +52,7 @@ def tune(
     optimizer = _optimizer(vector, settings)
     batches = shuffled_batches(examples, settings.batch_size, settings.steps, rng)
     model, losses = loaded.model, list[float]()
+    vocab_size = model.config.get_text_config().vocab_size
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # only reentrant checkpoints need it
@@ -63,9 +64,7 @@ def tune(
                     group["lr"] = settings.learning_rate * rate(step, settings)
                 loss = _step(model, adapter, vector, batch)
                 losses.append(loss)
-                if not loss <= highest_sane_loss(
-                    losses[0], model.config.get_text_config().vocab_size
-                ):
+                if not loss <= highest_sane_loss(losses[0], vocab_size):
                     raise Diverged(
                         f"loss {loss:.3g} at step {step + 1} after {losses[0]:.3g} at the start; "
                         "lower the learning rate or check the data"

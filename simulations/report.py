@@ -20,6 +20,21 @@ COLUMNS = {
 }
 """Titles of the qualities; all but the proxy's are measured on the full model."""
 
+COMPARISON = (
+    "experts",
+    "kept",
+    "MB",
+    "accuracy",
+    "loss",
+    "gap",
+    "gain",
+    "proxy",
+    "lost",
+    "150-way",
+)
+"""`gap` is to the full model's loss, `gain` the share of its accuracy gain, `proxy` the loss on
+the proxy itself, `lost` what public text loses; in nats."""
+
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> Path:
     """Writes metrics.json and returns its path."""
@@ -74,48 +89,38 @@ def show_comparison(metrics: dict[str, Any], console: Console) -> None:
         rows = [r for r in metrics["summary"]["comparison"] if r["setting"] == setting]
         if not rows:
             continue
+        everyone = any(row["accuracy_all"] is not None for row in rows)
         table = _table(f"{metrics['experiment']}, {setting}: plugged back into the full model")
-        for title in ("mode", "router", "kept", "MB", "accuracy", "loss"):
-            table.add_column(title, justify="left" if title in ("mode", "router") else "right")
-        for title in (
-            "gap to full\n(nats)",
-            "recovered\ngain",
-            "proxy\nalone",
-            "forgetting\n(nats)",
-        ):
-            table.add_column(title, justify="right")
-        if any(row.get("accuracy_all") is not None for row in rows):
-            table.add_column("150-way\naccuracy", justify="right")
+        for title in COMPARISON if everyone else COMPARISON[:-1]:
+            table.add_column(title, justify="left" if title == "experts" else "right", no_wrap=True)
         for row in rows:
-            table.add_row(*comparison_cells(row, len(table.columns)))
+            table.add_row(*comparison_cells(row)[: len(table.columns)])
         console.print(table)
 
 
-def comparison_cells(row: dict[str, Any], width: int) -> list[str]:
-    """The printed cells of one row of the comparison."""
-    stderr = row["stderr"]
+def comparison_cells(row: dict[str, Any]) -> list[str]:
+    """The printed cells of one row of the comparison; ± is the standard error over seeds."""
 
-    def with_error(key: str, digits: int) -> str:
-        value = row.get(key)
+    def cell(key: str, digits: int, *, with_error: bool = True) -> str:
+        value, error = row[key], row["stderr"][key] if with_error else None
         if value is None:
             return "–"
-        error = stderr.get(key)
-        return f"{value:.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
+        if error is None:
+            return f"{value:.{digits}f}"
+        return f"{value:.{digits}f}±{error:.{digits}f}".replace("±0.", "±.")
 
-    cells = [
-        f"{row['saliency']}/{row['mode']}" if row["saliency"] else row["mode"],
-        row["router"] or "–",
-        f"{row['kept_fraction']:.1%}",
+    return [
+        f"{row['mode']} {row['saliency'] or ''}".replace("_", " ").rstrip(),
+        f"{100 * row['kept_fraction']:.3g}%",
         f"{row['bytes'] / 1e6:.1f}",
-        with_error("accuracy", 3),
-        with_error("loss", 3),
-        with_error("gap_nats", 3),
-        "–" if row["recovered_gain"] is None else f"{row['recovered_gain']:.1%}",
-        with_error("proxy_alone_loss", 3),
-        with_error("forgetting", 2),
-        with_error("accuracy_all", 3),
+        cell("accuracy", 3),
+        cell("loss", 3, with_error=False),
+        cell("gap_nats", 3),
+        "–" if row["recovered_gain"] is None else f"{row['recovered_gain']:.0%}",
+        cell("proxy_alone_loss", 3, with_error=False),
+        cell("forgetting", 2, with_error=False),
+        cell("accuracy_all", 2),
     ]
-    return cells[:width]
 
 
 def _table(title: str) -> Table:
