@@ -89,12 +89,14 @@ def show_comparison(metrics: dict[str, Any], console: Console) -> None:
         rows = [r for r in metrics["summary"]["comparison"] if r["setting"] == setting]
         if not rows:
             continue
-        everyone = any(row["accuracy_all"] is not None for row in rows)
+        hidden = {"proxy"} if any(row["accuracy_all"] is not None for row in rows) else {"150-way"}
         table = _table(f"{metrics['experiment']}, {setting}: plugged back into the full model")
-        for title in COMPARISON if everyone else COMPARISON[:-1]:
+        shown = [title for title in COMPARISON if title not in hidden]
+        for title in shown:
             table.add_column(title, justify="left" if title == "experts" else "right", no_wrap=True)
         for row in rows:
-            table.add_row(*comparison_cells(row)[: len(table.columns)])
+            cells = dict(zip(COMPARISON, comparison_cells(row), strict=True))
+            table.add_row(*(cells[title] for title in shown))
         console.print(table)
 
 
@@ -112,7 +114,7 @@ def comparison_cells(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['mode']} {row['saliency'] or ''}".replace("_", " ").rstrip(),
         f"{100 * row['kept_fraction']:.3g}%",
-        f"{row['bytes'] / 1e6:.1f}",
+        f"{row['bytes'] / 1e6:.0f}",
         cell("accuracy", 3),
         cell("loss", 3, with_error=False),
         cell("gap_nats", 3),
