@@ -5,8 +5,8 @@ all of them comes out. An update block is present only for its holders, so each 
 of its own, and the mean of a block is its sum over its summed weight. With one frozen factor this
 mean is exact for any subset of holders.
 
-Updates are added in the order of device names, in fp64, so the result does not depend on who
-answered first.
+A sum holds one vector, however many devices there are. In the clear it is of fp64, so its last bits
+depend on the order of additions: callers add in the order of device names.
 """
 
 from dataclasses import dataclass
@@ -56,27 +56,25 @@ class PlainSum:
 
     def __init__(self, full: AdapterLayout) -> None:
         self._full = full
-        self._added: dict[str, tuple[AdapterLayout, Tensor, float]] = {}
+        self._total = torch.zeros(full.size, dtype=torch.float64)
+        self._weight = torch.zeros(len(full.blocks), dtype=torch.float64)
+        self._added: set[str] = set()
 
     def add(self, device: str, layout: AdapterLayout, update: Tensor, weight: float) -> None:
         """See `Summation.add`; ProtocolError if the device has been added before."""
         layout.require(update)
         if device in self._added:
             raise ProtocolError(f"second update of device {device!r} in one round")
-        self._added[device] = (layout, update, weight)
+        if layout.blocks == self._full.blocks:
+            self._total += weight * update.double()
+            self._weight += weight
+        else:
+            for block, start, stop in layout.positions_in(self._full):
+                span = slice(self._full.bounds[block], self._full.bounds[block + 1])
+                self._total[span] += weight * update[start:stop].double()
+                self._weight[block] += weight
+        self._added.add(device)
 
     def sum(self) -> BlockSum:
         """See `Summation.sum`."""
-        total = torch.zeros(self._full.size, dtype=torch.float64)
-        weights = torch.zeros(len(self._full.blocks), dtype=torch.float64)
-        for name in sorted(self._added):
-            layout, update, weight = self._added[name]
-            if layout.blocks == self._full.blocks:
-                total += weight * update.double()
-                weights += weight
-                continue
-            for block, start, stop in layout.positions_in(self._full):
-                span = slice(self._full.bounds[block], self._full.bounds[block + 1])
-                total[span] += weight * update[start:stop].double()
-                weights[block] += weight
-        return BlockSum(total, weights, len(self._added))
+        return BlockSum(self._total.clone(), self._weight.clone(), len(self._added))

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from pydantic import ValidationError
 
 from proxymoe.common.messages import CONTENT, DESCRIBE, RECORD, TRAIN, Description
-from proxymoe.server.round import Transport
+from proxymoe.server.round import Answer, Transport
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class GridTransport:
             self._pause(POLL_SECONDS)
         return sorted(self._nodes)
 
-    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[Answer]:
         """See `server.round.Transport`; ends when all have answered or time is up."""
         deadline = time.monotonic() + self._reply_seconds
         pending: dict[str, str] = {}
@@ -108,6 +108,7 @@ class GridTransport:
                 return
             if pending:
                 self._pause(POLL_SECONDS)
+                yield None
 
     def _send(self, name: str, task: bytes) -> str | None:
         if name not in self._nodes:

@@ -5,9 +5,8 @@ candidate, and commit it only if the full model still reads public text as befor
 values and returns a value; who carries the bytes is the transport's business.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,11 +20,16 @@ from proxymoe.common.errors import ProtocolError
 from proxymoe.common.messages import Refusal, TrainReply, TrainTask, Vector, decode, encode
 from proxymoe.common.plan import Plan
 from proxymoe.server import strategy
-from proxymoe.server.aggregate import Summation
+from proxymoe.server.aggregate import BlockSum, Summation
+from proxymoe.server.schedule import decay, sample_cohort, server_rate, task_seed
 from proxymoe.server.strategy import StrategyState
 
 NORM_SLACK = 1.001
 """An update may exceed the clip norm by this factor, for rounding; more is refused."""
+
+
+Answer = tuple[str, bytes] | None
+"""A device's name and its reply; None: nothing has come for a moment."""
 
 
 class Transport(Protocol):
@@ -34,8 +38,12 @@ class Transport(Protocol):
     def devices(self) -> list[str]:
         """Names of the devices that can be asked now."""
 
-    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
-        """Sends each device its task and yields replies as they come; some may never come."""
+    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[Answer]:
+        """Sends each device its task and yields answers as they come; some may never come.
+
+        Where it waits, it yields None now and then, so that the caller can look at the clock and
+        stop asking.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,24 @@ class Federation:
     canary_limit: float
 
 
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """One device's update that passed every check."""
+
+    reply: TrainReply
+    vector: Vector
+    """(P of the device's layout,) fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What the strategy proposes; nothing is committed yet."""
+
+    adapter: Tensor
+    """(P,) fp32, in the full layout."""
+    strategy: StrategyState
+
+
 def run_round(
     federation: Federation,
     state: FederationState,
@@ -112,139 +138,79 @@ def run_round(
     """
     number = state.round + 1
     known = [name for name in transport.devices() if name in federation.members]
-    cohort = sample_cohort(known, federation.settings.cohort_size, federation.seed, number)
-    tasks = {name: _task(federation, state, name, number) for name in cohort}
+    size = federation.settings.cohort_size
+    tasks = tasks_of(federation, state, sample_cohort(known, size, federation.seed, number))
 
-    replies: dict[str, TrainReply] = {}
+    accepted: dict[str, Accepted] = {}
     refused: dict[str, str] = {}
     uplink = 0
-    for name, content in transport.exchange(tasks):
+    for name, content in filter(None, transport.exchange(tasks)):
         uplink += len(content)
         try:
             if name not in tasks:
                 raise ProtocolError("the device was not asked in this round")
-            reply, vector = _checked(federation, name, number, content)
-            layout = federation.members[name].layout
-            summation.add(name, layout, torch.from_numpy(vector), weight=1.0)
+            if name in accepted:
+                raise ProtocolError("the device has answered before")
+            accepted[name] = accept(federation, number, name, content)
         except ProtocolError as error:
             refused[name] = str(error)
-            continue
-        replies[name] = reply
-    if not replies:
-        raise ProtocolError(f"round {number}: no usable update of {len(cohort)} devices: {refused}")
+    if not accepted:
+        raise ProtocolError(f"round {number}: no usable update of {len(tasks)} devices: {refused}")
 
+    for name in sorted(accepted):
+        layout = federation.members[name].layout
+        summation.add(name, layout, torch.from_numpy(accepted[name].vector), weight=1.0)
     total = summation.sum()
-    mean = total.mean(federation.layout)
-    strategy_state, candidate = strategy.apply(
-        state.strategy,
-        state.adapter,
-        mean,
-        federation.settings,
-        rate=server_rate(federation.settings, number),
-    )
-    state, committed, canary_loss = _judged(federation, state, candidate, strategy_state)
+    candidate = candidate_of(federation, state, total)
+    loss = federation.canary(candidate.adapter) if canary_due(federation, number) else None
+    state, committed = judged(federation, state, candidate, loss)
     report = RoundReport(
         round=number,
         committed=committed,
-        canary_loss=canary_loss,
+        canary_loss=loss,
         refused=refused,
         skipped_blocks=int((total.weight == 0).sum()),
         uplink_bytes=uplink,
         downlink_bytes=sum(map(len, tasks.values())),
-        **_summary(replies, federation.settings.clip_norm),
+        **_summary({n: a.reply for n, a in accepted.items()}, federation.settings.clip_norm),
     )
     return state, report
 
 
-def _judged(
-    federation: Federation, state: FederationState, candidate: Tensor, memory: StrategyState
-) -> tuple[FederationState, bool, float | None]:
-    """The state after the candidate's round, whether it was committed, and its canary loss.
-
-    A canary that fails undoes every round since the last one that passed.
-    """
-    number, every = state.round + 1, federation.settings.canary_every
-    last = state.proven or state
-    if number % every and number != federation.settings.rounds:
-        return FederationState(number, candidate, memory, last), True, None
-    loss = federation.canary(candidate)
-    if math.isfinite(loss) and loss <= federation.canary_limit:
-        return FederationState(number, candidate, memory), True, loss
-    return FederationState(number, last.adapter, last.strategy), False, loss
-
-
-def sample_cohort(names: list[str], size: int | None, seed: int, number: int) -> list[str]:
-    """The devices of a round: as many as asked for, every device equally often over the rounds.
-
-    Rounds deal from one shuffled deck after another, and each deck holds every device once. Who
-    has a card in a round that two decks share comes last in the second, so no round has twins.
-    """
-    if size is None or size >= len(names):
-        return sorted(names)
-    dealt: list[str] = []
-    for deck in itertools.count():
-        order = np.random.default_rng([seed, deck]).permutation(sorted(names)).tolist()
-        unfinished = dealt[len(dealt) - len(dealt) % size :]
-        dealt += sorted(order, key=unfinished.__contains__)
-        if len(dealt) >= number * size:
-            break
-    return sorted(dealt[(number - 1) * size : number * size])
-
-
-def task_seed(seed: int, number: int, device: str) -> int:
-    """The seed of one device's randomness in one round; independent of the cohort."""
-    words = [seed, number, *device.encode()]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint32)[0])
-
-
-def _task(federation: Federation, state: FederationState, name: str, number: int) -> bytes:
-    member, settings = federation.members[name], federation.settings
-    rate = _decay(settings, settings.final_rate, number)
+def tasks_of(
+    federation: Federation, state: FederationState, cohort: Iterable[str]
+) -> dict[str, bytes]:
+    """{device: task} of the next round; the same bytes however often it is asked."""
+    number, settings = state.round + 1, federation.settings
+    rate = decay(settings, settings.final_rate, number)
     train = federation.train.model_copy(
         update={"learning_rate": federation.train.learning_rate * rate}
     )
-    task = TrainTask(
-        run=federation.run,
-        round=number,
-        device=name,
-        base=federation.base,
-        plan=member.plan.digest,
-        layout=member.layout.digest,
-        train=train,
-        clip_norm=settings.clip_norm,
-        seed=task_seed(federation.seed, number, name),
-    )
-    return encode(task, member.layout.take_from(federation.layout, state.adapter).numpy())
+    tasks = {}
+    for name in cohort:
+        member = federation.members[name]
+        task = TrainTask(
+            run=federation.run,
+            round=number,
+            device=name,
+            base=federation.base,
+            plan=member.plan.digest,
+            layout=member.layout.digest,
+            train=train,
+            clip_norm=settings.clip_norm,
+            seed=task_seed(federation.seed, number, name),
+        )
+        held = member.layout.take_from(federation.layout, state.adapter)
+        tasks[name] = encode(task, held.numpy())
+    return tasks
 
 
-def server_rate(settings: FederationSettings, number: int) -> float:
-    """Share of the server's learning rate in a round: linear warm-up times linear decay."""
-    warm = min(1.0, number / (settings.server_warmup_rounds + 1))
-    return warm * _decay(settings, settings.server_final_rate, number)
+def accept(federation: Federation, number: int, name: str, content: bytes) -> Accepted:
+    """The update in a reply to the task of round `number`.
 
-
-def _decay(settings: FederationSettings, final: float, number: int) -> float:
-    progress = (number - 1) / max(1, settings.rounds - 1)
-    return 1.0 - (1.0 - final) * min(1.0, progress)
-
-
-def _summary(replies: Mapping[str, TrainReply], limit: float) -> dict[str, Any]:
-    """The part of a report that the devices' own words make up, in the order of their names."""
-    ordered = sorted(replies.items())
-    return {
-        "num_updates": len(ordered),
-        "losses": {name: (reply.first_loss, reply.last_loss) for name, reply in ordered},
-        "norms": {name: reply.norm for name, reply in ordered},
-        "clipped": sum(reply.norm > limit for _, reply in ordered),
-        "seconds": {name: reply.seconds for name, reply in ordered},
-        "peak_rss_mb": {name: reply.peak_rss_mb for name, reply in ordered},
-    }
-
-
-def _checked(
-    federation: Federation, name: str, number: int, content: bytes
-) -> tuple[TrainReply, Vector]:
-    """The reply and its update, or ProtocolError with the reason why it cannot be used."""
+    Raises:
+        ProtocolError: it cannot be used; the message is the reason.
+    """
     member = federation.members[name]
     reply, vector = decode(content, max_vector_bytes=4 * member.layout.size)
     expected = (federation.run, number, name, federation.base, member.plan.digest)
@@ -262,4 +228,56 @@ def _checked(
         raise ProtocolError(
             f"update of norm {norm:.4g}, the limit is {federation.settings.clip_norm}"
         )
-    return reply, vector
+    return Accepted(reply, vector)
+
+
+def candidate_of(federation: Federation, state: FederationState, total: BlockSum) -> Candidate:
+    """The strategy's step from the mean of the summed updates."""
+    settings = federation.settings
+    memory, adapter = strategy.apply(
+        state.strategy,
+        state.adapter,
+        total.mean(federation.layout),
+        settings,
+        rate=server_rate(settings, state.round + 1),
+    )
+    return Candidate(adapter, memory)
+
+
+def canary_due(federation: Federation, number: int) -> bool:
+    """Whether the candidate of this round must read public text before it may stay."""
+    settings = federation.settings
+    return number % settings.canary_every == 0 or number == settings.rounds
+
+
+def judged(
+    federation: Federation, state: FederationState, candidate: Candidate, loss: float | None
+) -> tuple[FederationState, bool]:
+    """The state after the candidate's round, and whether it was committed.
+
+    Args:
+        federation: what stays the same over the rounds.
+        state: the state that the candidate was made from.
+        candidate: from `candidate_of`.
+        loss: its canary loss; None if no check was due. One that fails undoes every round since
+            the last that passed.
+    """
+    number, last = state.round + 1, state.proven or state
+    if loss is None:
+        return FederationState(number, candidate.adapter, candidate.strategy, last), True
+    if math.isfinite(loss) and loss <= federation.canary_limit:
+        return FederationState(number, candidate.adapter, candidate.strategy), True
+    return FederationState(number, last.adapter, last.strategy), False
+
+
+def _summary(replies: Mapping[str, TrainReply], limit: float) -> dict[str, Any]:
+    """The part of a report that the devices' own words make up, in the order of their names."""
+    ordered = sorted(replies.items())
+    return {
+        "num_updates": len(ordered),
+        "losses": {name: (reply.first_loss, reply.last_loss) for name, reply in ordered},
+        "norms": {name: reply.norm for name, reply in ordered},
+        "clipped": sum(reply.norm > limit for _, reply in ordered),
+        "seconds": {name: reply.seconds for name, reply in ordered},
+        "peak_rss_mb": {name: reply.peak_rss_mb for name, reply in ordered},
+    }

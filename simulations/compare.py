@@ -20,7 +20,8 @@ from proxymoe.common.files import write_json
 from proxymoe.common.loss import Quality
 from proxymoe.common.plan import Plan
 from proxymoe.server.journal import Journal
-from proxymoe.server.round import RoundReport, task_seed
+from proxymoe.server.round import RoundReport
+from proxymoe.server.schedule import task_seed
 from proxymoe.simulations import worker
 from proxymoe.simulations.comparison import Cell, comparison
 from proxymoe.simulations.federate import federate, federation_of, pool_transports

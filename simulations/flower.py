@@ -30,7 +30,7 @@ from proxymoe.client.personalize import Device
 from proxymoe.common.errors import ConfigError, ProxyMoEError
 from proxymoe.server.app import server_app
 from proxymoe.server.journal import Journal
-from proxymoe.server.round import Federation, Transport
+from proxymoe.server.round import Answer, Federation, Transport
 from proxymoe.simulations.federate import Outcome, RoundDone, federate
 from proxymoe.simulations.run import Federate
 from proxymoe.simulations.site import Site
@@ -136,12 +136,13 @@ class Complete:
         self._require(set(self._names), set(self._transport.devices()))
         return self._names
 
-    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[Answer]:
         """See `server.round.Transport`; ProxyMoEError at the end if a reply is missing."""
         answered = set()
-        for name, reply in self._transport.exchange(tasks):
-            answered.add(name)
-            yield name, reply
+        for answer in self._transport.exchange(tasks):
+            if answer is not None:
+                answered.add(answer[0])
+            yield answer
         self._require(set(tasks), answered)
 
     @staticmethod

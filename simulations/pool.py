@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.plan import Plan
+from proxymoe.server.round import Answer
 from proxymoe.simulations import worker
 from proxymoe.simulations.forkserver import start_forkserver
 from proxymoe.simulations.site import Site
@@ -88,7 +89,7 @@ class PoolTransport:
         """All virtual devices; none ever leaves."""
         return sorted(self._plans)
 
-    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[Answer]:
         """See `server.round.Transport`."""
         futures: dict[Future[bytes], str] = {}
         for name, task in tasks.items():

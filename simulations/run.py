@@ -20,7 +20,8 @@ from proxymoe.common.peft_format import export_peft
 from proxymoe.common.plan import Plan
 from proxymoe.server.extract import Extraction
 from proxymoe.server.journal import Journal
-from proxymoe.server.round import Federation, Transport, task_seed
+from proxymoe.server.round import Federation, Transport
+from proxymoe.server.schedule import task_seed
 from proxymoe.simulations import worker
 from proxymoe.simulations.federate import (
     Outcome,

@@ -11,11 +11,11 @@ from proxymoe.common.adapter import AdapterLayout, Block
 from proxymoe.common.config import FederationSettings, TrainSettings
 from proxymoe.common.messages import TrainReply, TrainTask, Vector, decode, encode
 from proxymoe.common.plan import LayerPlan, Plan
-from proxymoe.server.round import Federation, Member
+from proxymoe.server.round import Answer, Federation, Member
 
 BASE = "ab" * 32
 NUM_EXPERTS = 4
-Answer = Callable[[bytes], bytes]
+Reaction = Callable[[bytes], bytes]
 
 
 def small_layout(rank: int = 2, seed: int = 0) -> AdapterLayout:
@@ -97,7 +97,7 @@ class InMemory:
     def __init__(
         self,
         names: str = "abc",
-        answers: Mapping[str, Answer | None] | None = None,
+        answers: Mapping[str, Reaction | None] | None = None,
         extra: Callable[[Mapping[str, bytes]], list[tuple[str, bytes]]] = lambda _: [],
     ) -> None:
         self._names = list(names)
@@ -108,7 +108,7 @@ class InMemory:
         """See `server.round.Transport`."""
         return self._names
 
-    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[Answer]:
         """See `server.round.Transport`."""
         for name in self._names:
             answer = self._answers.get(name, honest)

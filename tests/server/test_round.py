@@ -10,7 +10,8 @@ from proxymoe.common.errors import ProtocolError
 from proxymoe.common.messages import Refusal, TrainTask, decode, encode
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.journal import initial_state
-from proxymoe.server.round import NORM_SLACK, run_round, sample_cohort, server_rate, task_seed
+from proxymoe.server.round import NORM_SLACK, run_round
+from proxymoe.server.schedule import sample_cohort, server_rate, task_seed
 from tests.cohorts import InMemory, honest, small_federation, small_layout, small_plan
 from tests.tiny import assert_near
 
@@ -106,7 +107,7 @@ def test_a_second_reply_of_a_device_is_refused_and_its_first_counts():
     expected, _ = one_round(federation, InMemory())
     assert torch.equal(state.adapter, expected.adapter)
     assert report.num_updates == 3
-    assert "second update of device 'b'" in report.refused["b"]
+    assert "the device has answered before" in report.refused["b"]
 
 
 def test_a_reply_of_a_device_that_was_not_asked_is_refused():

@@ -15,7 +15,7 @@ from proxymoe.common.plan import LayerPlan, Plan
 from proxymoe.common.text import packed_batches, tokenise
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.journal import Journal, initial_state
-from proxymoe.server.round import Federation, FederationState, Member, RoundReport
+from proxymoe.server.round import Answer, Federation, FederationState, Member, RoundReport
 from proxymoe.simulations.federate import federate
 
 KEPT = {"bath": (0, 1, 2, 3), "den": (2, 3, 4, 5), "loft": (0, 2, 5, 7)}
@@ -66,7 +66,7 @@ class Household:
         """See `server.round.Transport`."""
         return list(self.owned)
 
-    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[Answer]:
         """See `server.round.Transport`."""
         for name, content in tasks.items():
             yield name, personalize(self.owned[name], content)

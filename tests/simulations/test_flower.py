@@ -86,7 +86,7 @@ def test_silence_of_a_virtual_device_is_an_error_that_names_it():
     answers = {"b": None, "a": bytes, "c": bytes}
     transport = Complete(InMemory(answers=answers), ["a", "b", "c"])
     replies = transport.exchange(tasks)
-    assert [next(replies)[0], next(replies)[0]] == ["a", "c"]
+    assert [(next(replies) or "")[0], (next(replies) or "")[0]] == ["a", "c"]
     with pytest.raises(ProxyMoEError, match="no answer from b "):
         next(replies)
     with pytest.raises(ProxyMoEError, match="no answer from d, e "):
