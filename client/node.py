@@ -163,7 +163,7 @@ def keep(supernode: Callable[[], object]) -> NoReturn:
 def main() -> NoReturn:
     """`python -m proxymoe.client.node`, with the arguments of `flower-supernode`."""
     if REFUSALS in os.environ:
-        time.sleep(LAPSE_SECONDS)  # before the imports: who waits needs no memory
+        time.sleep(LAPSE_SECONDS)  # before Flower is imported: who waits needs little memory
     require_flower()
     sys.argv[0] = "flower-supernode"
     (script,) = importlib.metadata.entry_points(group="console_scripts", name=sys.argv[0])

@@ -14,9 +14,9 @@ The one file with private names of Flower, all of them as in flwr 1.41 (see `cli
 |                                     | interrupt this process when the SuperNode refuses one    |
 | supercore.protobuf.client           | where headers are added; Flower's own way costs 20 MB    |
 | supercore.auth, supercore.constant  | the signature of AcquireTask, a task's token and type    |
-| supercore.inflatable                | messages travel as trees of objects                      |
+| supercore.inflatable                | a message travels as a tree of objects                   |
+| Metadata._message_id                | whose root's id is the message's                         |
 | common.serde, app.message.message   | messages and contexts as bytes, messages without content |
-| Metadata._message_id                | a message is known by the id of its object               |
 """
 # ruff: noqa: E402  the version is checked before any private name is imported
 
@@ -41,7 +41,6 @@ from flwr.app.message.message import remove_content_from_message
 from flwr.clientapp import ClientApp
 from flwr.common import serde
 from flwr.proto import message_pb2, runtime_pb2
-from flwr.proto.node_pb2 import Node
 from flwr.supercore.auth import create_superexec_auth_metadata, derive_auth_secret
 from flwr.supercore.constant import TASK_TOKEN_HEADER, TaskType
 from flwr.supercore.inflatable import inflatable_object, inflatable_utils
@@ -68,6 +67,7 @@ Check = Callable[[Message], str | None]
 LoadApp = Callable[[], ClientApp]
 """Makes the installed app, in the job process, where it imports what is heavy. It travels by name:
 it must be picklable and no part of `__main__`."""
+_app: Callable[[LoadApp], ClientApp] = functools.cache(lambda load: load())
 Headers = Callable[[ProtobufRequestContext], Mapping[str, str]]
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -158,6 +158,8 @@ class Runner:
                     task.push(Error(code, reason[:MAX_REASON]))
         except _Lost as error:
             log.warning("a task is lost: %s", error)
+        except Exception:  # one bad task must not be the last
+            log.exception("a task failed")
 
     def _answer(
         self, task: "_Task", message: Message, context: Context, stop: threading.Event
@@ -179,7 +181,7 @@ class Runner:
                     raise _Unanswered(DIED, "the device was stopped")
                 if time.monotonic() > deadline:
                     raise _Unanswered(DIED, "the device took longer than the message lives")
-        except (_Lost, _Unanswered):
+        except BaseException:
             self._jobs.close()  # or its answer would be taken for the next one's
             raise
         try:
@@ -190,29 +192,31 @@ class Runner:
 
 
 class _Task:
-    """One task's talk with the SuperNode; whatever cuts it short is a `_Lost`."""
+    """One task's talk with the SuperNode, which knows it by its token; `_Lost` if that ends."""
 
     def __init__(self, client: RuntimeHttpClient) -> None:
         self._client = client
-        self._node, self._run = Node(), 0
         self._asked: Message
         self._beaten = time.monotonic()
 
     def pull(self) -> tuple[Message, Context]:
         """The message and the node's context; nobody looks at the bundle that comes along."""
         given = self._call(self._client.PullTaskInput, runtime_pb2.PullTaskInputRequest())
-        self._node, self._run = Node(node_id=given.context.node_id), given.run.run_id
         request = runtime_pb2.PullAppMessagesRequest()
         # A task can be there a moment before its message, and minutes before its objects.
         while not (listed := self._call(self._client.PullMessages, request)).messages_list:
             self.beat(pause=0.1)
         self._asked = serde.message_from_proto(listed.messages_list[0])
-        tree = listed.message_object_trees[0]
+        tree, size = listed.message_object_trees[0], 0
         parts: dict[str, bytes] = {}
         for name in {part.object_id for part in inflatable_object.iterate_object_tree(tree)}:
-            parts[name] = self._part(name)
-            if sum(map(len, parts.values())) > MAX_MESSAGE_BYTES:
-                raise _Unanswered(REFUSED, f"more than {MAX_MESSAGE_BYTES >> 20} MiB of message")
+            if size <= MAX_MESSAGE_BYTES:
+                parts[name] = self._part(name)
+                size += len(parts[name])
+        got = message_pb2.ConfirmMessageReceivedRequest(message_object_id=tree.object_id)
+        self._call(self._client.ConfirmMessageReceived, got)  # or the SuperNode would keep it
+        if size > MAX_MESSAGE_BYTES:
+            raise _Unanswered(REFUSED, f"more than {MAX_MESSAGE_BYTES >> 20} MiB of message")
         try:
             message = inflatable_utils.inflate_object_from_contents(tree.object_id, parts)
             assert isinstance(message, Message), type(message)
@@ -235,8 +239,6 @@ class _Task:
             parts = inflatable_object.get_all_nested_objects(reply)
             for name in taken.objects_to_push:
                 part = message_pb2.PushObjectRequest(
-                    node=self._node,
-                    run_id=self._run,
                     object_id=name,
                     object_content=parts[name].deflate(),
                     session_id=taken.session_id,
@@ -244,7 +246,7 @@ class _Task:
                 self._call(self._client.PushObject, part)
                 self.beat()
         end = runtime_pb2.PushTaskOutputRequest(
-            sub_status="failed" if isinstance(answer, Error) else "completed",
+            sub_status="completed" if context else "failed",
             context=serde.context_to_proto(context) if context else None,
         )
         self._call(self._client.PushTaskOutput, end)
@@ -259,7 +261,7 @@ class _Task:
             self._beaten = time.monotonic()
 
     def _part(self, name: str) -> bytes:
-        request = message_pb2.PullObjectRequest(node=self._node, run_id=self._run, object_id=name)
+        request = message_pb2.PullObjectRequest(object_id=name)
         while not (found := self._call(self._client.PullObject, request)).object_available:
             if not found.object_found:
                 raise _Lost("its message is gone")
@@ -304,9 +306,6 @@ def _work(load: LoadApp, job: Pair) -> Pair:
         reason = f"the device failed ({type(error).__name__})"
         answer = Message(Error(FAILED, reason), reply_to=message)
     return _packed(answer, context)
-
-
-_app = functools.cache(lambda load: load())
 
 
 def _packed(message: Message, context: Context) -> Pair:

@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO
@@ -57,7 +57,6 @@ class Guard:
             self._forget()
             self._process = _shell(GUARD, stdout=subprocess.DEVNULL)
         if groups != self._held:
-            self._held = None
             assert self._process.stdin is not None
             self._process.stdin.write(b"%s\n" % " ".join(map(str, groups)).encode())
             self._held = list(groups)
@@ -96,28 +95,39 @@ class Group:
         )
         self._hidden = hidden
         self._process: subprocess.Popen[bytes] | None = None
+        self._reader: threading.Thread | None = None
 
     @property
     def pid(self) -> int | None:
         """Of the process, which is the number of its group too; None if there is none."""
         return self._process.pid if self._process is not None else None
 
-    def prepare(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Makes the process, which waits until `release` lets it become `command`.
+    def start(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        announce: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Runs `command`, after `announce` has told the guard of the group that this will be.
 
         Raises:
-            OSError: the system has no room for it.
+            OSError: the system has no room for it, or it could not be announced; nothing runs.
         """
         assert self._process is None, "one process at a time"
-        self._process = _shell(HELD, *command, environment=environment, stdout=subprocess.PIPE)
-        output = self._process.stdout
-        threading.Thread(target=self._keep_output, args=[output], daemon=True).start()
-
-    def release(self) -> None:
-        """Lets a prepared process become its command; see `code` for what came of it."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as gate:
+        self._process = process = _shell(
+            HELD, *command, environment=environment, stdout=subprocess.PIPE
+        )
+        self._reader = threading.Thread(
+            target=self._keep_output, args=[process.stdout], daemon=True
+        )
+        self._reader.start()
+        try:
+            announce()
+        except BaseException:
+            self.kill()
+            raise
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as gate:
             gate.write(b"go\n")
 
     def code(self) -> int | None:
@@ -137,15 +147,15 @@ class Group:
                 os.killpg(self._process.pid, number)
 
     def kill(self) -> None:
-        """Ends all of it at once; there is no process afterwards."""
+        """Ends all of it at once; there is no process afterwards, and its log is complete."""
         self.signal(signal.SIGKILL)
-        if self._process is not None:
+        if self._process is not None and self._reader is not None:
             assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
+            self._process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(KILL_SECONDS)
-        self._process = None
+            self._reader.join(KILL_SECONDS)
+        self._process = self._reader = None
 
     def close(self) -> None:
         """Closes the log file; call it last."""

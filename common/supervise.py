@@ -182,12 +182,12 @@ class Supervisor:
     def _start(self, part: "_Part") -> None:
         child, part.since = part.child, self._clock()
         try:
-            part.group.prepare(child.command, child.environment)
-            self._guard.hold(self._pids())
+            part.group.start(
+                child.command, child.environment, lambda: self._guard.hold(self._pids())
+            )
         except OSError as error:
             self._fail(part, f"cannot be started: {error}")
             return
-        part.group.release()
         command = hide(shlex.join(child.command), child.secrets)
         log.info("%s: started as process %d: %s", child.name, part.group.pid, command)
 

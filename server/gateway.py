@@ -25,7 +25,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from proxymoe.common.errors import ConfigError, ProtocolError
 from proxymoe.common.identity import check_device_signature, key_digest
@@ -202,7 +201,8 @@ class _Gateway:
             self._note(f"failed to {operation}")
             raise busy()
         self._note("")
-        return _Relay(answer)
+        # Starlette ends this stream when the device leaves, and httpx then lets the SuperLink go.
+        return StreamingResponse(answer.aiter_raw(), answer.status_code, _passed(answer.headers))
 
     async def enrol(self, request: Request) -> Response:
         """Answers a new device."""
@@ -228,20 +228,6 @@ class _Gateway:
         if trouble != self._trouble:
             self._trouble = trouble
             log.warning("SuperLink %s", trouble or "answers again")
-
-
-class _Relay(StreamingResponse):
-    """An answer of the SuperLink, passed on as it comes, and closed whatever happens."""
-
-    def __init__(self, answer: httpx.Response) -> None:
-        super().__init__(answer.aiter_raw(), answer.status_code, _passed(answer.headers))
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._answer.aclose()
 
 
 def _body(request: Request, limit: int) -> AsyncIterator[bytes]:

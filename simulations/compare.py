@@ -138,7 +138,7 @@ def single_cell(name: str, plan: Plan | None, train: TrainSettings, seed: int) -
         alone=alone,
         plugged=worker.evaluate(name, None, tuned.vector),
     ) | {
-        "forgetting": _forgetting(tuned.vector),
+        "forgetting": public_forgetting(tuned.vector),
         "seconds": tuned.seconds,
         "peak_rss_mb": tuned.peak_rss_mb,
         "plugged_all": None,
@@ -159,7 +159,8 @@ def base_public_loss() -> dict[str, float]:
     return worker.public_loss(None, experiment.evaluate.public_rows, experiment.train.max_tokens)
 
 
-def _forgetting(vector: np.ndarray) -> float:
+def public_forgetting(vector: np.ndarray) -> float:
+    """A worker's job: what the full model with this adapter has lost on public text, in nats."""
     experiment = worker.here().site.experiment
     rows, length = experiment.evaluate.public_rows, experiment.train.max_tokens
     after = worker.public_loss(vector, rows, length)
@@ -192,10 +193,13 @@ def _federated_cells(
                 Journal(folder / key),
                 partial(_round_done, stage, title, total),
             )
-            calls = [(n, plans[n], outcome.state.adapter.numpy()) for n in todo]
+            vector = outcome.state.adapter.numpy()
+            forgotten = pool.submit(public_forgetting, vector)
+            calls = [(n, plans[n], vector) for n in todo]
             for name, result in zip(todo, pool.map(plugged_cell, calls), strict=True):
                 cell = labels | {"setting": "federated", "seed": experiment.seed, "device": name}
-                keep.put(f"federated-{key}-{name}", cell | {"bytes": num_bytes} | result)
+                cell |= {"bytes": num_bytes, "forgetting": result_of(forgotten)}
+                keep.put(f"federated-{key}-{name}", cell | result)
         cells += [found for n in names if (found := keep.get(f"federated-{key}-{n}"))]
     return cells + _local_cells(world, pool, keep, names, experiment)
 
@@ -226,7 +230,7 @@ def plugged_cell(name: str, plan: Plan, vector: np.ndarray) -> Cell:
         alone=None if whole else worker.evaluate(name, plan, vector),
         plugged=worker.evaluate(name, None, vector),
         plugged_all=worker.evaluate(name, None, vector, "all"),
-    ) | {"forgetting": _forgetting(vector)}
+    )
 
 
 def _local_cells(

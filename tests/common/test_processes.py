@@ -33,9 +33,8 @@ def make(tmp_path, guard):
     def group(script, hidden=(), max_log_bytes=10_000, **environment):
         found = Group(tmp_path / f"{len(groups)}.log", max_log_bytes, hidden)
         groups.append(found)
-        found.prepare(["/bin/sh", "-c", script], environment)
-        guard.hold([each.pid for each in groups if each.pid])
-        found.release()
+        command = ["/bin/sh", "-c", script]
+        found.start(command, environment, lambda: guard.hold([g.pid for g in groups if g.pid]))
         return found
 
     yield group
@@ -53,24 +52,41 @@ def grandchild(tmp_path):
     return int(until(lambda: printed(tmp_path).strip()))
 
 
-def test_a_process_becomes_its_command_only_when_released(tmp_path):
+def test_a_process_is_announced_before_it_becomes_its_command(tmp_path):
     group = Group(tmp_path / "log", 1000, ())
-    group.prepare(["/bin/sh", "-c", f"touch {tmp_path}/ran"], {})
-    assert is_running(group.pid)
-    time.sleep(0.05)
-    assert not (tmp_path / "ran").exists()
-    group.release()
+
+    def announce():
+        assert is_running(group.pid)
+        time.sleep(0.05)
+        assert not (tmp_path / "ran").exists()
+
+    group.start(["touch", str(tmp_path / "ran")], {}, announce)
     assert until(lambda: group.code() is not None)
     assert group.code() == 0
     assert (tmp_path / "ran").exists()
     group.kill()
 
 
-def test_a_process_that_is_never_released_never_runs(tmp_path):
+def test_a_process_that_cannot_be_announced_never_runs(tmp_path):
     group = Group(tmp_path / "log", 1000, ())
-    group.prepare(["/bin/sh", "-c", f"touch {tmp_path}/ran"], {})
-    group.kill()
+    pids = []
+
+    def announce():
+        pids.append(group.pid)
+        raise BrokenPipeError("no guard")
+
+    with pytest.raises(BrokenPipeError, match="no guard"):
+        group.start(["touch", str(tmp_path / "ran")], {}, announce)
+    assert group.pid is None
+    assert not is_running(pids[0])
     assert not (tmp_path / "ran").exists()
+
+
+def test_all_that_was_printed_is_kept_before_a_killed_group_is_forgotten(make, tmp_path):
+    group = make("for i in $(seq 2000); do echo line $i; done")
+    until(lambda: group.code() is not None)
+    group.kill()
+    assert printed(tmp_path).endswith("line 2000\n")
 
 
 def test_a_process_has_its_environment_and_nothing_to_read(make, tmp_path):
@@ -152,20 +168,30 @@ from proxymoe.common.processes import Group, Guard
 
 folder, guard = Path(sys.argv[1]), Guard()
 groups = [Group(folder / f"{number}.log", 1000, ()) for number in range(2)]
-for number, group in enumerate(groups):
-    group.prepare(["/bin/sh", "-c", "trap '' TERM; sleep 60 & echo $!; exec sleep 60"], {})
+
+
+def announce():
     guard.hold([each.pid for each in groups if each.pid])
-    if number == 0 or sys.argv[2] == "all":
-        group.release()
-print(*[group.pid for group in groups], flush=True)
-time.sleep(60)
+    if sys.argv[2] == "held" and groups[1].pid:
+        wait()
+
+
+def wait():
+    print(*[group.pid for group in groups], flush=True)
+    time.sleep(60)
+
+
+for group in groups:
+    command = ["/bin/sh", "-c", "trap '' TERM; sleep 60 & echo $!; exec sleep 60"]
+    group.start(command, {}, announce)
+wait()
 """
 
 
-@pytest.mark.parametrize("released", ["all", "one"])
-def test_nothing_outlives_a_killed_supervisor(tmp_path, released):
+@pytest.mark.parametrize("second", ["running", "held"])
+def test_nothing_outlives_a_killed_supervisor(tmp_path, second):
     with subprocess.Popen(
-        [sys.executable, "-c", SUPERVISOR, tmp_path, released], stdout=subprocess.PIPE
+        [sys.executable, "-c", SUPERVISOR, tmp_path, second], stdout=subprocess.PIPE
     ) as supervisor:
         assert supervisor.stdout is not None
         pids = [int(pid) for pid in supervisor.stdout.readline().split()]

@@ -114,20 +114,21 @@ def test_what_a_dead_child_started_is_gone_before_it_comes_back(tmp_path):
     assert not is_running(int(second))
 
 
-def test_a_child_waits_to_come_back_for_those_before_it(tmp_path):
+def test_a_child_waits_to_come_back_for_all_before_it(tmp_path):
     opened = tmp_path / "opened"
     opened.touch()
     first = forever("first", ready=opened.exists)
-    with running(tmp_path, first, forever("second")):
-        pids = [pid_of(tmp_path, name) for name in ("first", "second")]
+    with running(tmp_path, first, forever("second"), forever("third")):
+        pids = {name: pid_of(tmp_path, name) for name in ("first", "second", "third")}
         opened.unlink()
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        until(lambda: state(tmp_path)["first"]["pid"] not in (None, pids[0]))
+        for name in ("first", "third"):
+            os.kill(pids[name], signal.SIGKILL)
+        until(lambda: state(tmp_path)["first"]["pid"] not in (None, pids["first"]))
         time.sleep(0.1)
-        assert state(tmp_path)["second"]["pid"] is None
+        assert state(tmp_path)["third"]["pid"] is None
         opened.touch()
-        assert pid_of(tmp_path, "second") != pids[1]
+        assert is_running(pid_of(tmp_path, "third", other_than=pids["third"]))
+        assert pid_of(tmp_path, "second") == pids["second"]
 
 
 def test_children_stop_in_reverse_order_each_when_those_after_are_gone(tmp_path):
@@ -268,8 +269,7 @@ import logging, sys
 from pathlib import Path
 from proxymoe.common.supervise import Child, Supervisor
 
-script = "trap 'echo bye; exit' TERM; sleep 60 & echo $!; while :; do sleep 0.01; done"
-children = [Child(name, ("/bin/sh", "-c", script)) for name in "ab"]
+children = [Child(name, ("/bin/sh", "-c", sys.argv[2])) for name in "ab"]
 Supervisor(children, Path(sys.argv[1])).run()
 print("ended well")
 """
@@ -277,8 +277,9 @@ print("ended well")
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_to_the_supervisor_ends_all_its_children(tmp_path, number):
+    script = "trap 'echo bye; exit' TERM; sleep 60 & echo $!; while :; do sleep 0.01; done"
     with subprocess.Popen(
-        [sys.executable, "-c", COORDINATOR, tmp_path], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", COORDINATOR, tmp_path, script], stdout=subprocess.PIPE, text=True
     ) as supervisor:
         pids = [pid_of(tmp_path, name) for name in "ab"]
         pids += [int(until(lambda name=name: printed(tmp_path, name))) for name in "ab"]
@@ -289,3 +290,10 @@ def test_a_signal_to_the_supervisor_ends_all_its_children(tmp_path, number):
     gently = number != signal.SIGKILL
     assert (supervisor.returncode, said) == ((0, "ended well\n") if gently else (-9, ""))
     assert [printed(tmp_path, name).endswith("bye\n") for name in "ab"] == [gently] * 2
+
+
+def test_not_even_a_child_that_kills_its_supervisor_at_once_outlives_it(tmp_path):
+    script = f"echo $$ > {tmp_path}/pid; kill -9 $PPID; sleep 60"
+    subprocess.run([sys.executable, "-c", COORDINATOR, tmp_path, script], check=False)
+    pid = int((tmp_path / "pid").read_text())
+    until(lambda: not is_running(pid))

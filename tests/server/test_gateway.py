@@ -278,8 +278,7 @@ def test_an_answer_that_breaks_off_is_not_taken_for_whole(door, superlink):
 
 @pytest.fixture
 def endless(superlink):
-    """Makes the stand-in answer without end, after so many seconds; what it returns fills when
-    somebody ends that."""
+    """Makes the stand-in answer without end, after so many seconds; tells when that was ended."""
     ended = []
 
     async def parts():
