@@ -19,8 +19,9 @@ MAX_HEADER_BYTES = 64 << 10
 MAX_VECTOR_BYTES = 1 << 30
 DESCRIBE, TRAIN = "query.describe", "train.adapter"
 """What a device is asked for, as category and action: to describe itself, to answer a task."""
-RECORD, CONTENT = "proxymoe", "content"
-"""Where a Flower message carries ours: the name of its one record, and the field of the bytes."""
+RECORD, CONTENT, TICKET = "proxymoe", "content", "ticket"
+"""Where a Flower message carries ours: the name of its one record, the field of the bytes, and
+the field of the job ticket that lets a device believe them."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]

@@ -101,6 +101,8 @@ class EnrolReply(_Statement):
     authority: Pem
     coordinator: PublicKey
     """Verifies job tickets; the device pins it."""
+    blobs: Annotated[str, AfterValidator(_checked_address)]
+    """host:port of the blob service."""
 
 
 class Ticket(_Statement):
@@ -114,6 +116,8 @@ class Ticket(_Statement):
     layout: Digest
     task: Digest
     """Digest of the task's bytes."""
+    cohort_size: int = Field(ge=1)
+    """Fewest devices of the round whose updates are summed before the sum is used."""
     issued: UnixSeconds
     expires: UnixSeconds
 

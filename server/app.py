@@ -3,7 +3,7 @@
 Flower delivers at most once, and reports a failure by an error reply that may come from anywhere:
 replies are known by the message that they answer, never by their sender. A device that fails, is
 late or has left is missing from the exchange, and the round engine goes on without it. A node
-says itself which device it is; who may say so is settled before, where nodes are admitted.
+says itself which device it is; a deployment checks that against the key that it was admitted with.
 """
 
 import logging
@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from pydantic import ValidationError
 
-from proxymoe.common.messages import CONTENT, DESCRIBE, RECORD, TRAIN, Description
+from proxymoe.common.messages import CONTENT, DESCRIBE, RECORD, TICKET, TRAIN, Description
 from proxymoe.server.round import Answer, Transport
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ class GridTransport:
         gather_seconds: how long `devices` waits for that; then it returns those there are.
         reply_seconds: how long `exchange` waits for replies; what comes later is never used.
         pause: waits between two polls; it may raise, which ends the waiting.
+        is_device: whether a node, by id, was admitted as the device whose name it gives.
+        ticket_of: the job ticket that goes with a device's task; None sends none.
     """
 
     def __init__(
@@ -49,8 +51,12 @@ class GridTransport:
         gather_seconds: float,
         reply_seconds: float,
         pause: Callable[[float], None] = time.sleep,
+        is_device: Callable[[int, str], bool] = lambda *_: True,
+        ticket_of: Callable[[str, bytes], bytes] | None = None,
     ) -> None:
         self._grid = grid
+        self._is_device = is_device
+        self._ticket_of = ticket_of
         self._num_devices = num_devices
         self._gather_seconds = gather_seconds
         self._reply_seconds = reply_seconds
@@ -114,6 +120,8 @@ class GridTransport:
         if name not in self._nodes:
             return None
         record = ConfigRecord({CONTENT: task})
+        if self._ticket_of is not None:
+            record[TICKET] = self._ticket_of(name, task)
         return self._push(self._nodes[name], TRAIN, record, self._reply_seconds)
 
     def _meet(self, node: int, record: ConfigRecord) -> None:
@@ -121,6 +129,9 @@ class GridTransport:
             described = Description.model_validate(dict(record))
         except ValidationError:
             log.warning("node %d: not a description", node)
+            return
+        if not self._is_device(node, described.device):
+            log.warning("node %d: not admitted as device %s", node, described.device)
             return
         if self._nodes.setdefault(described.device, node) != node:
             log.warning("node %d: claims the name of device %s, online", node, described.device)

@@ -70,6 +70,8 @@ class Enrolment:
     authority: Identity
     coordinator: str
     """Public key that devices pin, hex."""
+    blobs: str
+    """host:port of the blob service."""
     register: Callable[[str, bytes], None]
     """Tells Flower a device's name and PEM key. Again is fine; OSError says: not now."""
 
@@ -156,6 +158,7 @@ def enrol(asked: EnrolRequest, enrolment: Enrolment, now: float) -> EnrolReply:
         certificate=certificate.certificate.decode(),
         authority=enrolment.authority.certificate.decode(),
         coordinator=enrolment.coordinator,
+        blobs=enrolment.blobs,
     )
 
 

@@ -66,7 +66,7 @@ class Applicant:
 
 
 def enrolment(registry, register=lambda device, public_key: None):
-    return Enrolment(registry, AUTHORITY, COORDINATOR, register)
+    return Enrolment(registry, AUTHORITY, COORDINATOR, "localhost:9095", register)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from proxymoe.client import node, runner
+from proxymoe.client import supernode as supernode_api
 from proxymoe.client.runner import DIED, FAILED, MAX_REASON, REFUSED, Runner
 from proxymoe.common.errors import ConfigError
 from tests.grid import identify
@@ -235,7 +236,7 @@ def running(a_runner):
 @pytest.fixture
 def fast(monkeypatch):
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(runner, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(supernode_api, "HEARTBEAT_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -302,7 +303,7 @@ def test_an_app_that_cannot_be_made_is_an_error(installed, supernode, fast):
 
 @flower
 def test_a_message_that_is_too_large_is_refused(device, monkeypatch):
-    monkeypatch.setattr(runner, "MAX_MESSAGE_BYTES", 1 << 20)
+    monkeypatch.setattr(supernode_api, "MAX_MESSAGE_BYTES", 1 << 20)
     message = device.ask("go", padding=ConfigRecord({"bytes": bytes(1 << 20)}))
     error = device.reply(message).error
     assert (error.code, error.reason) == (REFUSED, "more than 1 MiB of message")

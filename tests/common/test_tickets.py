@@ -20,7 +20,15 @@ SIGNING = identity.new_signing_key()
 COORDINATOR = identity.verifying_key(SIGNING)
 TASK = b"the task, as it came"
 HELD = {"device": "phone", "base": "ab" * 32, "plan": "cd" * 32, "layout": "ef" * 32}
-TICKET = Ticket(run="run", round=3, **HELD, task=digest_of(TASK), issued=NOW, expires=NOW + 600)
+TICKET = Ticket(
+    run="run",
+    round=3,
+    **HELD,
+    task=digest_of(TASK),
+    cohort_size=4,
+    issued=NOW,
+    expires=NOW + 600,
+)
 ISSUED = issue_ticket(TICKET, SIGNING)
 
 
@@ -184,4 +192,12 @@ def test_a_ticket_is_neither_early_nor_late():
 
 def test_a_ticket_that_never_holds_is_not_issued():
     with pytest.raises(ValueError, match="expires before"):
-        Ticket(run="run", round=0, **HELD, task="00" * 32, issued=NOW, expires=NOW)
+        Ticket(
+            run="run",
+            round=0,
+            **HELD,
+            task="00" * 32,
+            cohort_size=4,
+            issued=NOW,
+            expires=NOW,
+        )

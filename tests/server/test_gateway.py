@@ -373,7 +373,7 @@ def test_a_device_enrols_and_its_node_may_pass(door, superlink, registry):
     assert pull(door, headers=headers).status_code == 403
     answer = door.post("/enrol", content=phone.request().model_dump_json())
     assert answer.status_code == 200
-    assert set(answer.json()) == {"certificate", "authority", "coordinator"}
+    assert set(answer.json()) == {"certificate", "authority", "coordinator", "blobs"}
     assert pull(door, headers=headers).status_code == 200
     again = phone.request(key=identity.new_device_key())
     answer = door.post("/enrol", content=again.model_dump_json())
