@@ -1,8 +1,9 @@
 """The local tuning loop: plain PyTorch on one flat adapter vector."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from proxymoe.common.adapter import AdapterLayout
 from proxymoe.common.attach import AttachedAdapter
 from proxymoe.common.config import TrainSettings
 from proxymoe.common.errors import Diverged
-from proxymoe.common.experts import only_valid_tokens
+from proxymoe.common.experts import Redirect, expert_state, only_valid_tokens
 from proxymoe.common.loss import completion_loss, only_predicted
 from proxymoe.common.model import LoadedModel
+from proxymoe.common.moe import moe_layers
 from proxymoe.common.text import Batch, Example, shuffled_batches
 
 EXPLOSION = 3.0
@@ -42,8 +44,11 @@ def tune(
     examples: Sequence[Example],
     settings: TrainSettings,
     rng: np.random.Generator,
+    done: Callable[[float], None] = lambda _: None,
 ) -> Tuned:
     """Tunes the adapter from `start` (P,) on the examples; AdamW, the model stays frozen.
+
+    `done` is told the loss of every step.
 
     Raises:
         Diverged: the loss or the adapter became non-finite, or the loss exploded.
@@ -51,6 +56,7 @@ def tune(
     vector = start.clone().requires_grad_()
     optimizer = _optimizer(vector, settings)
     batches = shuffled_batches(examples, settings.batch_size, settings.steps, rng)
+    absences = rng.spawn(1)[0]  # apart, so that the order of the rows does not depend on them
     model, losses = loaded.model, list[float]()
     vocab_size = model.config.get_text_config().vocab_size
     if settings.gradient_checkpointing:
@@ -58,8 +64,12 @@ def tune(
         model.disable_input_require_grads()  # only reentrant checkpoints need it
         model.train()
     try:
-        with AttachedAdapter(model, layout) as adapter:
+        with (
+            AttachedAdapter(model, layout) as adapter,
+            expert_dropout(loaded, settings.expert_dropout, absences) as draw_absences,
+        ):
             for step, batch in enumerate(batches):
+                draw_absences()
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * rate(step, settings)
                 loss = _step(model, adapter, vector, batch)
@@ -72,6 +82,7 @@ def tune(
                 torch.nn.utils.clip_grad_norm_([vector], settings.gradient_clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                done(loss)
     finally:
         if settings.gradient_checkpointing:
             model.activation_checkpointing_disable()
@@ -80,6 +91,36 @@ def tune(
     if not bool(torch.isfinite(tuned).all()):
         raise Diverged("the adapter is not finite after tuning; lower the learning rate")
     return Tuned(tuned, tuple(losses))
+
+
+@contextmanager
+def expert_dropout(
+    loaded: LoadedModel, chance: float, rng: np.random.Generator
+) -> Iterator[Callable[[], None]]:
+    """Yields what draws anew, in every layer, which kept experts sit out; after it, none does.
+
+    Each does with this chance. Where no expert is missing there is nothing to get used to: a
+    model that keeps all is left alone.
+    """
+    layers = [] if loaded.plan.keeps_all or not chance else moe_layers(loaded.model)
+    states = [expert_state(layer.experts) for layer in layers]
+    before = [state.redirect for state in states]
+    # Under a sliced router every routed id is a slot.
+    wholes = [
+        redirect or Redirect(torch.arange(layer.num_experts))
+        for redirect, layer in zip(before, layers, strict=True)
+    ]
+
+    def draw() -> None:
+        for state, whole in zip(states, wholes, strict=True):
+            absent = torch.from_numpy(rng.random(whole.slot.numel()) < chance)
+            state.redirect = replace(whole, slot=whole.slot.masked_fill(absent, -1))
+
+    try:
+        yield draw
+    finally:
+        for state, redirect in zip(states, before, strict=True):
+            state.redirect = redirect
 
 
 def highest_sane_loss(first: float, vocab_size: int) -> float:

@@ -4,7 +4,10 @@ Defaults stand here and nowhere else. Unknown keys are refused, units are in the
 resolved file is written beside every result, so each run explains itself.
 """
 
+import json
+import textwrap
 import tomllib
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -37,7 +40,9 @@ class Allocation(StrEnum):
 class Section(BaseModel):
     """Base of all sections: frozen, strict, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class DeviceSettings(Section):
@@ -88,6 +93,9 @@ class TrainSettings(Section):
     max_tokens: int = Field(default=256, ge=8)
     too_long: Literal["truncate", "drop", "refuse"] = "truncate"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    expert_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Chance of a kept expert to sit out a step, if the submodel lacks others: the adapter learns
+    not to lean on who is there, and so suits the full model, where all are."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about half the memory, a third more time."""
 
@@ -222,6 +230,36 @@ def load_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
         raise ConfigError(f"{path}: " + "; ".join(lines)) from error
+
+
+def commented_toml(settings: Section, title: str) -> str:
+    """The settings as TOML with their docstrings as comments; reads back as equal settings."""
+    lines = [*_comment(title), *_entries(settings)]
+    for name, section in settings:
+        if isinstance(section, Section):
+            lines += ["", "", *_comment(type(section).__doc__), f"[{name}]", *_entries(section)]
+    return "\n".join(lines) + "\n"
+
+
+def _entries(section: Section) -> Iterator[str]:
+    """Lines for every key that is no section of its own."""
+    for key, value in section.model_dump(mode="json").items():
+        if not isinstance(value, dict):
+            yield from _comment(type(section).model_fields[key].description)
+            yield f"# {key} = …" if value is None else f"{key} = {_toml(value)}"
+
+
+def _comment(text: str | None) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text or "", width=92)]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, bool | int | float):
+        return repr(value).lower()
+    # A JSON string is a TOML string, but for one character that TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _override(table: dict[str, Any], override: str) -> None:

@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from proxymoe.client.train import highest_sane_loss, rate, tune
+from proxymoe.client.train import expert_dropout, highest_sane_loss, rate, tune
 from proxymoe.common.adapter import AdapterLayout, adapter_layout
 from proxymoe.common.config import TrainSettings
 from proxymoe.common.errors import Diverged
+from proxymoe.common.experts import Redirect, expert_state
 from proxymoe.common.model import LoadedModel, load
 from proxymoe.common.moe import moe_layers
+from proxymoe.common.plan import LayerPlan, Plan, RouterMode
 from proxymoe.common.text import Example
 from tests.tiny import SOME, TinyBase, assert_near, some_tokens
 
@@ -27,9 +29,10 @@ def layout_of(tiny: TinyBase, targets=("attention", "experts")) -> AdapterLayout
 
 
 def tuned(tiny: TinyBase, seed: int = 0, loaded: LoadedModel | None = None, start=None, **settings):
-    layout = layout_of(tiny)
+    loaded = loaded or tiny.full
+    layout = layout_of(tiny).held_under(loaded.plan)
     return tune(
-        loaded or tiny.full,
+        loaded,
         layout,
         layout.zeros() if start is None else start,
         TASK,
@@ -162,3 +165,52 @@ def test_one_example_is_enough(qwen):
     result = tune(qwen.full, layout, layout.zeros(), TASK[:1], SETTINGS, np.random.default_rng(0))
     assert len(result.losses) == SETTINGS.steps
     assert result.losses[-1] < result.losses[0]
+
+
+@pytest.fixture(scope="module", params=RouterMode)
+def proxy(request, qwen, tmp_path_factory) -> LoadedModel:
+    """A submodel that lacks half of the experts."""
+    layers = {
+        at: LayerPlan(num_experts=count, kept=tuple(range(0, count, 2)))
+        for at, count in qwen.base.num_experts.items()
+    }
+    plan = Plan(base=qwen.base.digest, layers=layers, router=request.param)
+    return load(qwen.base.materialise(plan, tmp_path_factory.mktemp("proxy")))
+
+
+def redirects_of(loaded: LoadedModel) -> list[Redirect | None]:
+    return [expert_state(layer.experts).redirect for layer in moe_layers(loaded.model)]
+
+
+def test_experts_that_sat_out_are_back_after_tuning(qwen, proxy):
+    before = redirects_of(proxy)
+    tuned(qwen, loaded=proxy, expert_dropout=0.5)
+    assert list(map(id, redirects_of(proxy))) == list(map(id, before))
+    broken = layout_of(qwen).held_under(proxy.plan).zeros() + math.nan
+    with pytest.raises(Diverged):
+        tuned(qwen, loaded=proxy, start=broken, expert_dropout=0.5)
+    assert list(map(id, redirects_of(proxy))) == list(map(id, before))
+
+
+def test_expert_dropout_changes_what_is_learned_and_the_seed_decides_how(qwen, proxy):
+    without, some, again = (
+        tuned(qwen, loaded=proxy, expert_dropout=chance).vector for chance in (0.0, 0.5, 0.5)
+    )
+    assert torch.equal(some, again)
+    assert not torch.equal(some, without)
+
+
+def test_where_no_expert_is_missing_expert_dropout_changes_nothing(qwen):
+    assert torch.equal(tuned(qwen, expert_dropout=0.5).vector, tuned(qwen).vector)
+
+
+@given(chance=st.floats(0.01, 0.99), seed=st.integers(0, 1000))
+def test_an_expert_sits_out_or_keeps_its_slot(proxy, chance, seed):
+    kept = [layer.num_experts for layer in moe_layers(proxy.model)]
+    with expert_dropout(proxy, chance, np.random.default_rng(seed)) as draw:
+        draw()
+        for redirect, count in zip(redirects_of(proxy), kept, strict=True):
+            assert redirect is not None
+            present = redirect.slot[redirect.slot >= 0].tolist()
+            assert sorted(set(present)) == sorted(present)
+            assert set(present) <= set(range(count))
