@@ -5,6 +5,7 @@ experts' weights are selected, trunk and router are shared. Mounted and material
 compute the same bits (a test holds them to it), and memory does not grow with devices.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -39,8 +40,6 @@ from proxymoe.simulations.site import (
     device_examples,
     public_examples,
 )
-
-ORPHAN_POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +109,7 @@ _worker: Worker | None = None
 def start(site: Site) -> None:
     """Makes this process a worker; interrupts are the business of the run that started it."""
     global _worker  # noqa: PLW0603  a worker process has exactly one worker
-    _obey()
+    obey()
     _worker = Worker(site)
 
 
@@ -149,7 +148,7 @@ def answer(name: str, plan: Plan, task: bytes) -> bytes:
 
 def answer_alone(site: Site, name: str, plan: Plan, task: bytes) -> bytes:
     """The same in a process of its own, from the materialised submodel: memory as on a device."""
-    _obey()
+    obey()
     return personalize(open_device(site, name, plan.digest), task)
 
 
@@ -232,18 +231,19 @@ def canary_loss(vector: np.ndarray | None, max_rows: int, max_tokens: int) -> fl
         return token_quality(loaded.model, [collate(rows)]).loss
 
 
-def _obey() -> None:
+def obey() -> None:
     """One thread, no interrupts of its own, and no life beyond the run that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    parent = os.getppid()
+    # Not the process above this one: that is the fork server, which lives as long as its children.
+    run = multiprocessing.parent_process()
 
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(ORPHAN_POLL_SECONDS)
-        os._exit(1)
+    def leave_with_run() -> None:
+        if run is not None:
+            run.join()
+            os._exit(1)
 
-    threading.Thread(target=leave_with_parent, name="orphan-watch", daemon=True).start()
+    threading.Thread(target=leave_with_run, name="orphan-watch", daemon=True).start()
 
 
 def _device(worker: Worker, name: str, plan: Plan, loaded: LoadedModel) -> Device:

@@ -1,6 +1,9 @@
 """Worker processes: they do what this process would do, and their death is told."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from proxymoe.simulations import worker
 from proxymoe.simulations.federate import federation_of
 from proxymoe.simulations.pool import PoolTransport, WorkerPool, result_of
 from proxymoe.simulations.world import World, profile_base
+from tests.waiting import is_running, until
 from tests.worlds import tiny_site
 
 pytestmark = pytest.mark.slow
@@ -68,3 +72,23 @@ def test_a_worker_that_dies_is_told_with_the_remedy(pool):
     workers, _ = pool
     with pytest.raises(ProxyMoEError, match=r"a worker process died.*use fewer workers"):
         result_of(workers.submit_alone(die))
+
+
+KILLED = """
+import os, signal, time
+from concurrent.futures import ProcessPoolExecutor
+from proxymoe.simulations import worker
+from proxymoe.simulations.forkserver import start_forkserver
+
+pool = ProcessPoolExecutor(1, start_forkserver(), worker.obey)
+pid = pool.submit(os.getpid).result()
+pool.submit(time.sleep, 60)
+print(pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_busy_worker_does_not_outlive_a_run_that_is_killed():
+    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, check=False)
+    assert done.returncode == -signal.SIGKILL
+    until(lambda: not is_running(int(done.stdout)))
