@@ -12,16 +12,22 @@ export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help simulate compare test check format lint clean
+.PHONY: help simulate compare deploy-demo faults test check format lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 simulate: $(STAMP) ## run the default experiment on the shipped model and data (more options: ARGS="...")
 	@$(BIN)/proxymoe-simulate $(ARGS)
 
 compare: $(STAMP) ## compare the ways to choose experts, at equal bytes
 	@$(BIN)/proxymoe-simulate simulations/experiments/compare.toml $(ARGS)
+
+faults: $(STAMP) ## kill, cut and corrupt everything, and check that nothing is lost (some: ARGS="--only transfer")
+	@$(BIN)/python -m proxymoe.simulations.faults $(ARGS)
+
+deploy-demo: $(STAMP) ## a coordinator and four devices on loopback, over TLS, for two rounds
+	@$(BIN)/python -m proxymoe.simulations.deploy_demo $(ARGS)
 
 test: check ## run every check, then the tests (a subset: ARGS="tests/common -k plan")
 	$(BIN)/pytest $(ARGS)

@@ -274,8 +274,9 @@ class _Lane:
                         f"byte {chunk.offset} of {chunk.blob_bytes} was sent, byte "
                         f"{partial.num_verified} of {partial.num_bytes} was wanted"
                     )
-                partial.append(chunk.data, chunk.digest)
-                self._transfer.count(fetched=len(chunk.data))
+                data = chunk.data  # a copy, each time one asks
+                partial.append(data, chunk.digest)
+                self._transfer.count(fetched=len(data))
 
     def _disconnect(self) -> None:
         if self._channel is not None:

@@ -141,6 +141,7 @@ class Task:
             log.exception("a message cannot be read")
             raise Unreadable("the message cannot be read") from error
         message.metadata.__dict__["_message_id"] = tree.object_id
+        self.asked = message  # with its content, which a listing leaves out
         return message, serde.context_from_proto(given.context)
 
     def push(self, answer: RecordDict | Error, context: Context | None = None) -> None:

@@ -10,6 +10,7 @@ ProxyMoEError
 ├── LayoutMismatch       an adapter or update does not fit the layout it is used with
 ├── IntegrityError       bytes do not match the digest they were promised under
 ├── ProtocolError        a message is malformed, oversized or belongs to another round
+├── PrivacySpent         another release would cost a device more epsilon than was promised
 └── Diverged             local training stopped; nothing was sent
 
 Each message gives the value, the limit and the remedy, and never private data.
@@ -54,6 +55,10 @@ class IntegrityError(ProxyMoEError):
 
 class ProtocolError(ProxyMoEError):
     """A message that must be refused."""
+
+
+class PrivacySpent(ProxyMoEError):
+    """The epsilon that was promised to a device is used up; nothing more may be released."""
 
 
 class Diverged(ProxyMoEError):

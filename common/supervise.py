@@ -30,7 +30,14 @@ uniform = secrets.SystemRandom().random
 
 
 class ChildFailed(ProxyMoEError):
-    """A child kept failing, and its group was stopped; the message names its log file."""
+    """A child kept failing, or ended for good, and its group was stopped; names its log file.
+
+    `code` is the exit code that it ended for good with, None if it kept failing.
+    """
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,8 @@ class Child:
     """Added to the supervisor's own."""
     secrets: tuple[str, ...] = field(default=(), repr=False)
     """Never to be seen in a log, neither in the command line nor in what the child prints."""
+    gives_up: Mapping[int, str] = field(default_factory=dict)
+    """Exit codes after which starting it again is of no use, each with what it means."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +136,7 @@ class Supervisor:
         """Runs the children until SIGTERM, SIGINT or `stop`; none is left when it returns.
 
         Raises:
-            ChildFailed: one of them failed too often in a row.
+            ChildFailed: one of them failed too often in a row, or with a code that gives up.
         """
         with self._told_by_signals():
             try:
@@ -169,6 +178,9 @@ class Supervisor:
 
     def _look(self, part: "_Part") -> None:
         code = part.group.code()
+        if code is not None and code in part.child.gives_up:
+            why = part.child.gives_up[code]
+            raise ChildFailed(f"{part.child.name}: {why}; see {part.log_file}", code)
         if code is not None:
             self._fail(part, f"was killed by signal {-code}" if code < 0 else f"exited with {code}")
         elif part.is_ready:

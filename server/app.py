@@ -35,8 +35,8 @@ class GridTransport:
 
     Args:
         grid: reaches the nodes of the run.
-        num_devices: `devices` returns as soon as that many are known, or that many nodes are
-            online and all have answered.
+        num_devices: how many are wanted now; `devices` returns as soon as that many are known, or
+            that many nodes are online and all have answered.
         gather_seconds: how long `devices` waits for that; then it returns those there are.
         reply_seconds: how long `exchange` waits for replies; what comes later is never used.
         pause: waits between two polls; it may raise, which ends the waiting.
@@ -47,7 +47,7 @@ class GridTransport:
     def __init__(
         self,
         grid: Grid,
-        num_devices: int,
+        num_devices: Callable[[], int],
         gather_seconds: float,
         reply_seconds: float,
         pause: Callable[[float], None] = time.sleep,
@@ -73,6 +73,7 @@ class GridTransport:
         """
         deadline = time.monotonic() + self._gather_seconds
         done: set[int] = set()
+        wanted = self._num_devices()
         while True:
             online = set(self._grid.get_node_ids())
             self._nodes = {name: node for name, node in self._nodes.items() if node in online}
@@ -82,11 +83,11 @@ class GridTransport:
                     self._asked[message] = node
             for node, record in self._pull(self._asked):
                 self._meet(node, record)
-            all_met = len(online) >= self._num_devices and not self._asked
-            if len(self._nodes) >= self._num_devices or all_met:
+            all_met = len(online) >= wanted and not self._asked
+            if len(self._nodes) >= wanted or all_met:
                 break
             if time.monotonic() >= deadline:
-                found = len(self._nodes), self._num_devices, self._gather_seconds
+                found = len(self._nodes), wanted, self._gather_seconds
                 log.warning("%d of %d devices after %.0f s", *found)
                 break
             self._pause(POLL_SECONDS)
@@ -176,6 +177,6 @@ def server_app(
 
     @app.main()
     def run(grid: Grid, context: Context) -> None:  # noqa: ARG001  Flower passes both
-        main(GridTransport(grid, num_devices, gather_seconds, reply_seconds, pause))
+        main(GridTransport(grid, lambda: num_devices, gather_seconds, reply_seconds, pause))
 
     return app

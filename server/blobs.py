@@ -19,6 +19,7 @@ from pathlib import Path
 
 import grpc
 
+from proxymoe.common.assignment import MAX_APPLICATION_BYTES
 from proxymoe.common.errors import CheckpointError, ConfigError
 from proxymoe.common.generated.blobs_pb2 import Chunk, FetchRequest
 from proxymoe.common.generated.blobs_pb2_grpc import BlobsServicer, add_BlobsServicer_to_server
@@ -31,7 +32,7 @@ REFUSERS = 4
 """Threads beyond the streams, so that one stream too many hears at once that it is."""
 SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a surprise
-    ("grpc.max_receive_message_length", 4 << 10),  # requests are tiny
+    ("grpc.max_receive_message_length", MAX_APPLICATION_BYTES + 1024),  # requests are small
     ("grpc.keepalive_time_ms", 30_000),  # a device that vanished frees its stream
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.ping_timeout_ms", 20_000),
@@ -128,6 +129,7 @@ class BlobService(BlobsServicer):
             from many threads, also with digests that do not exist.
         limits: how much is given away at a time.
         clock: seconds for the byte rate, never running backwards.
+        caller: the device that calls; Refused if it may not.
     """
 
     def __init__(
@@ -136,7 +138,9 @@ class BlobService(BlobsServicer):
         allowed: Callable[[str, str], bool],
         limits: BlobLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        caller: Callable[[grpc.ServicerContext], str] | None = None,
     ) -> None:
+        self._caller = caller or (lambda context: device_of(context.auth_context()))
         self.limits = limits or BlobLimits()
         self._places = places
         self._allowed = allowed
@@ -151,11 +155,11 @@ class BlobService(BlobsServicer):
         context.add_callback(ended.set)
         device = ""
         try:
-            device = device_of(context.auth_context())
+            device = self._caller(context)
             place = self._place(device, request)
             with self._admitted(device):
                 yield from self._chunks(place, request.offset, ended)
-        except _Refused as refused:
+        except Refused as refused:
             log.info("device %r: blob %.12s: %s", device, request.digest, refused.reason)
             context.abort(refused.code, refused.reason)
         except (OSError, CheckpointError) as error:
@@ -166,12 +170,12 @@ class BlobService(BlobsServicer):
     def _place(self, device: str, request: FetchRequest) -> BlobPlace:
         # Permission comes first: a device learns nothing of blobs that are not for it.
         if not self._allowed(device, request.digest):
-            raise _Refused(grpc.StatusCode.PERMISSION_DENIED, "no plan of this device names it")
+            raise Refused(grpc.StatusCode.PERMISSION_DENIED, "no plan of this device names it")
         place = self._places.get(request.digest)
         if place is None:
-            raise _Refused(grpc.StatusCode.NOT_FOUND, "no such blob")
+            raise Refused(grpc.StatusCode.NOT_FOUND, "no such blob")
         if request.offset > place.num_bytes:
-            raise _Refused(
+            raise Refused(
                 grpc.StatusCode.OUT_OF_RANGE,
                 f"offset {request.offset} in a blob of {place.num_bytes} bytes",
             )
@@ -184,10 +188,10 @@ class BlobService(BlobsServicer):
         with self._lock:
             if self._streams[device] >= limits.streams_per_device:
                 reason = f"more than {limits.streams_per_device} streams of one device"
-                raise _Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
             if self._streams.total() >= limits.streams:
                 reason = f"more than {limits.streams} streams of all devices"
-                raise _Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
             self._streams[device] += 1
         try:
             yield
@@ -212,13 +216,13 @@ class BlobService(BlobsServicer):
         wait = self._bucket.take(num_bytes, self.limits.patience_seconds)
         if wait is None:
             reason = f"more than {self.limits.bytes_per_second:.0f} bytes per second are wanted"
-            raise _Refused(grpc.StatusCode.UNAVAILABLE, reason)
+            raise Refused(grpc.StatusCode.UNAVAILABLE, reason)
         if ended.wait(wait):  # a device that hangs up frees the thread at once
             self._bucket.put_back(num_bytes)
 
 
-class _Refused(Exception):
-    """Carries a status to the one place that ends the stream."""
+class Refused(Exception):
+    """Carries a status to the one place that ends the call."""
 
     def __init__(self, code: grpc.StatusCode, reason: str) -> None:
         super().__init__(reason)
@@ -227,15 +231,19 @@ class _Refused(Exception):
 
 
 def device_of(identity: Mapping[str, bytes | Sequence[bytes]]) -> str:
-    """The device that a gRPC auth context speaks for: the common name of its certificate."""
+    """The device that a gRPC auth context speaks for: the common name of its certificate.
+
+    Raises:
+        Refused: it names none, or several.
+    """
     names = identity.get("x509_common_name", ())
     if isinstance(names, bytes) or len(names) != 1 or not names[0]:
-        raise _Refused(grpc.StatusCode.UNAUTHENTICATED, "the certificate must name one device")
+        raise Refused(grpc.StatusCode.UNAUTHENTICATED, "the certificate must name one device")
     try:
         return names[0].decode()
     except UnicodeDecodeError:
         reason = "the certificate's name is not UTF-8"
-        raise _Refused(grpc.StatusCode.UNAUTHENTICATED, reason) from None
+        raise Refused(grpc.StatusCode.UNAUTHENTICATED, reason) from None
 
 
 def read_chunks(place: BlobPlace, start: int, chunk_bytes: int) -> Iterator[tuple[int, bytes]]:
@@ -261,7 +269,12 @@ def read_chunks(place: BlobPlace, start: int, chunk_bytes: int) -> Iterator[tupl
 
 
 def serve_blobs(
-    service: BlobService, address: str, certificate: bytes, key: bytes, client_ca: bytes
+    service: BlobService,
+    address: str,
+    certificate: bytes,
+    key: bytes,
+    client_ca: bytes,
+    others: Sequence[grpc.GenericRpcHandler] = (),
 ) -> tuple[grpc.Server, int]:
     """Starts serving over TLS; returns the server, and the port it is bound to.
 
@@ -273,6 +286,7 @@ def serve_blobs(
         certificate: of the server, PEM.
         key: its private key, PEM.
         client_ca: the certificate that signs those of devices, PEM.
+        others: more methods, on the same port.
 
     Raises:
         ConfigError: the address is taken or not ours, or certificate and key are no pair.
@@ -284,6 +298,7 @@ def serve_blobs(
         maximum_concurrent_rpcs=threads,
     )
     add_BlobsServicer_to_server(service, server)
+    server.add_generic_rpc_handlers(others)
     credentials = grpc.ssl_server_credentials(
         [(key, certificate)], root_certificates=client_ca, require_client_auth=True
     )

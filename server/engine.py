@@ -49,6 +49,12 @@ class Rules:
     """Longest wait for replies; it begins again when the coordinator does."""
     patience: float = 1.0
     """After the quorum, stragglers get this share of the time that the quorum took."""
+    min_devices: int = 1
+    """Fewest updates that are ever summed, whatever the quorum."""
+
+    def needed(self, size: int) -> int:
+        """Updates that a round with a cohort of this size must have to count."""
+        return max(1, self.min_devices, math.ceil(self.quorum * size))
 
 
 class Receipt(StrEnum):
@@ -159,8 +165,9 @@ class RoundEngine:
     def _select(self, now: Round) -> None:
         settings, known = self._federation.settings, self._known()
         size = settings.cohort_size or len(self._federation.members)
-        if len(known) < self._needed(size):
-            log.info("round %d: %d devices, %d needed", now.number, len(known), self._needed(size))
+        needed = self._rules.needed(size)
+        if len(known) < needed:
+            log.info("round %d: %d devices, %d needed", now.number, len(known), needed)
             self._pause(self._rules.selecting_seconds)
             return
         asked = math.ceil(size * self._rules.over_selection)
@@ -170,16 +177,13 @@ class RoundEngine:
     def _known(self) -> list[str]:
         return [name for name in self._transport.devices() if name in self._federation.members]
 
-    def _needed(self, size: int) -> int:
-        return max(1, math.ceil(self._rules.quorum * size))
-
     def _collect(self, now: Round) -> None:
         """Asks those who have not answered yet, until the round has what it needs or time is up."""
         state = self._store.state(now.number, now.version)
         arrived = self._store.updates(now.number)
         waiting = [name for name in now.cohort if name not in arrived]
         size = min(self._federation.settings.cohort_size or len(now.cohort), len(now.cohort))
-        waits = _Waiting(self._rules, self._needed(size), self._clock())
+        waits = _Waiting(self._rules, self._rules.needed(size), self._clock())
         if now.phase is Phase.DISTRIBUTING:
             now = self._enter(now, Phase.TRAINING)
         outstanding = set(waiting)
@@ -218,6 +222,10 @@ class RoundEngine:
         self._enter(now, Phase.EVALUATED, canary=loss if math.isfinite(loss) else None)
 
     def _conclude(self, now: Round) -> None:
+        if (current := self._store.current()) != now.version:
+            reason = f"built on version {now.version}, and version {current} is current since"
+            self._enter(now, Phase.ROLLED_BACK, reason=reason)
+            return
         candidate = self._store.candidate(now.number)
         state = self._store.state(now.number, now.version)
         loss = math.nan if now.canary is None else now.canary

@@ -18,6 +18,7 @@ from proxymoe.common.errors import IntegrityError
 from proxymoe.common.files import digest_of
 from proxymoe.common.generated.blobs_pb2 import Chunk
 from proxymoe.server.blobs import BlobLimits, BlobService
+from proxymoe.simulations.faults.proxy import FaultyProxy
 from tests.blob_site import (
     SMALL_CHUNKS,
     Authority,
@@ -26,7 +27,6 @@ from tests.blob_site import (
     everyone,
     serving,
 )
-from tests.faulty_proxy import FaultyProxy
 
 CHUNK = SMALL_CHUNKS.chunk_bytes
 MIB = 1 << 20

@@ -184,6 +184,20 @@ def test_failures_in_a_row_wait_longer_until_the_cap_and_then_give_up(tmp_path, 
     assert state(tmp_path)["bad"]["pid"] is None
 
 
+def test_a_code_that_gives_up_ends_the_group_at_once_and_says_what_it_means(tmp_path):
+    bad = shell("bad", "sleep 0.2; exit 77", gives_up={77: "nobody wants it"})
+    supervisor = Supervisor([forever("good"), bad], tmp_path)
+    with pytest.raises(ChildFailed, match=r"^bad: nobody wants it; see .*bad\.log$") as raised:
+        supervisor.run()
+    assert raised.value.code == 77
+    assert [child["pid"] for child in state(tmp_path).values()] == [None, None]
+
+
+def test_other_codes_do_not_give_up(tmp_path):
+    with running(tmp_path, shell("a", "echo run; exit 76", gives_up={77: "nobody wants it"})):
+        until(lambda: printed(tmp_path, "a").count("run") > 1)
+
+
 def test_a_healthy_period_forgets_old_failures(tmp_path, caplog):
     clock = Timetable()
     backoff = Backoff(1.0, 4.0, cap_seconds=1e6, healthy_seconds=100.0)

@@ -44,7 +44,7 @@ def at_training(name, react):
 
 
 def transport(grid, num_devices=3, reply_seconds=5.0, gather_seconds=5.0, pause=lambda _: None):
-    return GridTransport(grid, num_devices, gather_seconds, reply_seconds, pause)
+    return GridTransport(grid, lambda: num_devices, gather_seconds, reply_seconds, pause)
 
 
 def answers(exchange):

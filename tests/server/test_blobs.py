@@ -19,6 +19,7 @@ from proxymoe.server.blobs import (
     BlobLimits,
     BlobPlace,
     BlobService,
+    Refused,
     TokenBucket,
     device_of,
     read_chunks,
@@ -361,3 +362,16 @@ def test_a_key_of_another_certificate_is_refused(files):
         serve_blobs(
             BlobService(files, everyone), "127.0.0.1:0", certificate, key, authority.certificate
         )
+
+
+def test_whom_the_service_does_not_take_for_a_device_gets_nothing(files):
+    def caller(context):
+        raise Refused(grpc.StatusCode.PERMISSION_DENIED, "this device key is revoked")
+
+    service = BlobService(files, everyone, caller=caller)
+    with serving(service) as site, pytest.raises(grpc.RpcError) as caught:
+        ask(site.connector(), next(iter(files)))
+    assert status(caught.value) == (
+        grpc.StatusCode.PERMISSION_DENIED,
+        "this device key is revoked",
+    )

@@ -4,8 +4,10 @@ import contextlib
 import socket
 import struct
 import threading
+from collections.abc import Callable
+from typing import Any
 
-PIECE = 16 << 10
+PIECE = 64 << 10
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER of a socket that is closed at once, with what it still had to send."""
 
@@ -50,7 +52,7 @@ class FaultyProxy:
         for thread in self._threads:
             thread.join()
 
-    def _start(self, run, *arguments) -> None:
+    def _start(self, run: Callable[..., None], *arguments: Any) -> None:
         thread = threading.Thread(target=run, args=arguments)
         self._threads.append(thread)
         thread.start()
@@ -72,7 +74,7 @@ class FaultyProxy:
             self._start(self._forward, device, server, False)
             self._start(self._forward, server, device, True)
 
-    def _forward(self, source, sink, harmful: bool) -> None:
+    def _forward(self, source: socket.socket, sink: socket.socket, harmful: bool) -> None:
         with contextlib.suppress(OSError):
             while content := source.recv(PIECE):
                 if self.swallows.is_set():

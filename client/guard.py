@@ -1,0 +1,284 @@
+"""★ What stands between the wire and this device's app: nothing is answered or sent but past it.
+
+Before the app sees a message: the ticket of a job must be the coordinator's, for this very task
+and what this device holds; the owner must allow it; the machine must be free. Before an answer
+leaves: it must be of a kind that we know, an update within its bounds, and on record. A refusal
+sends one of a few fixed words; why, only the owner gets to read. No model code is imported here.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+from pydantic import ValidationError
+
+from proxymoe.client.gates import Need, read_gates, this_machine
+from proxymoe.client.home import Home
+from proxymoe.client.ledger import Entry, Kind
+from proxymoe.client.policy import MB, Request, judge
+from proxymoe.common.assignment import Assignment
+from proxymoe.common.errors import Diverged, ProtocolError, ProxyMoEError
+from proxymoe.common.files import canonical_json, digest_of
+from proxymoe.common.messages import (
+    CONTENT,
+    DESCRIBE,
+    RECORD,
+    TICKET,
+    TRAIN,
+    Description,
+    Refusal,
+    TrainReply,
+    TrainTask,
+    Vector,
+    decode,
+)
+from proxymoe.common.tickets import Ticket, verify_ticket
+
+log = logging.getLogger(__name__)
+
+UNKNOWN, BAD_TICKET, BAD_POLICY, CLOSED, FAILED = "message", "ticket", "policy", "gate: ", "device"
+"""All the words that leave: of no known kind; no valid ticket; the owner does not allow it; a gate
+is closed, and its name; something is wrong on the device."""
+MAX_LOG_BYTES = 1 << 20
+"""Of refusals, after which the older ones give way."""
+LOAD_SECONDS = 60.0
+"""What the load average is an average over."""
+ADDRESS = ("run", "round", "device", "base", "plan", "layout")
+ROUNDING = 1.0 + 1e-5
+"""By how much a norm that is computed anew may differ."""
+
+
+class _Refused(Exception):
+    """A message that is not answered: the word that leaves, and what the owner reads."""
+
+    def __init__(self, word: str, reason: str) -> None:
+        super().__init__(reason)
+        self.word = word
+
+
+class _Job(NamedTuple):
+    """A task that was let in, and is not answered yet."""
+
+    task: TrainTask
+    num_bytes: int
+    began: float
+
+
+class Guard:
+    """Checks each message before it is answered, then puts its answer on record; one by one.
+
+    Args:
+        home: of the device; its files are read anew for every message.
+        threads: that a training job keeps busy; its own load is not held against the next one.
+        clock: unix seconds.
+        stopwatch: seconds that never run backwards.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        threads: int = 1,
+        clock: Callable[[], float] = time.time,
+        stopwatch: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._home = home
+        self._threads = threads
+        self._clock, self._stopwatch = clock, stopwatch
+        self._job: _Job | None = None
+        self._load, self._load_at = 0.0, stopwatch()
+
+    def check(self, message: Any) -> str | None:
+        """Why a Flower message must not be answered, in a word; None if it may be.
+
+        The reason goes to the home's `refusals`, one JSON line with `time`, `word` and `reason`.
+        """
+        self._job = None
+        try:
+            self._job = self._let_in(message)
+        except _Refused as refused:
+            return self._note(refused.word, str(refused))
+        except (ProxyMoEError, OSError) as error:
+            return self._note(FAILED, str(error))
+        return None
+
+    @contextlib.contextmanager
+    def sending(self, message: Any, answer: Any) -> Iterator[None]:  # noqa: ARG002  see `Runner`
+        """Surrounds the sending of an answer, an error included: on record before, confirmed after.
+
+        Raises:
+            ProtocolError, Diverged, DataError: nothing that may leave; or the ledger, or the time
+                used, cannot be written. Then nothing is sent.
+        """
+        job, self._job = self._job, None
+        with self._noted():
+            entry, reply = self._entry(answer, job)
+            self._count(job, reply)
+        with self._home.ledger().sending(entry):
+            yield
+
+    def _let_in(self, message: Any) -> _Job | None:
+        """The job in a message that may be answered, or None if it wants but a description."""
+        now, kind = self._clock(), message.metadata.message_type
+        record, assignment = self._home.enrolled(), self._home.assignment()
+        if assignment is None:
+            raise _Refused(FAILED, "no plan is assigned to this device; join again")
+        job = None
+        request = _expected(assignment, record.public_key, self._home.peak())
+        if kind == TRAIN:
+            job, ticket = self._job_in(message, assignment, record.public_key, now)
+            request = replace(
+                request,
+                # It came, and an update is as long.
+                network_bytes=2 * job.num_bytes,
+                steps=job.task.train.steps,
+                clip_norm=job.task.clip_norm,
+                cohort_size=ticket.cohort_size,
+            )
+        elif kind != DESCRIBE:
+            raise _Refused(UNKNOWN, f"a message of type {kind[:80]!r}")
+        policy = self._home.policy()
+        if objections := judge(policy, request, self._home.usage(now)):
+            raise _Refused(BAD_POLICY, "; ".join(map(str, objections)))
+        # What a warm job process has, it does not take again.
+        needed = max(0, request.memory_bytes - _memory_of_children())
+        need = Need(memory_bytes=needed, own_load=self._own_load() / (psutil.cpu_count() or 1))
+        for gate in read_gates(policy, this_machine(self._home.path), need):
+            if not gate.open:
+                raise _Refused(CLOSED + gate.name, str(gate))
+        return job
+
+    def _job_in(
+        self, message: Any, assignment: Assignment, coordinator: str, now: float
+    ) -> tuple[_Job, Ticket]:
+        """The job that the coordinator wants done, by its ticket."""
+        record = message.content.get(RECORD) or {}
+        content, signed = record.get(CONTENT), record.get(TICKET)
+        if not isinstance(content, bytes) or not isinstance(signed, bytes):
+            raise _Refused(BAD_TICKET, "a task without a job ticket, or a ticket without a task")
+        try:
+            ticket = verify_ticket(
+                signed,
+                coordinator,
+                now,
+                device=assignment.device,
+                base=assignment.base,
+                plan=assignment.plan,
+                layout=assignment.layout,
+                task=content,
+            )
+            task, _ = decode(content)
+        except ProtocolError as error:
+            raise _Refused(BAD_TICKET, str(error)) from error
+        if not isinstance(task, TrainTask) or (task.run, task.round) != (ticket.run, ticket.round):
+            raise _Refused(BAD_TICKET, "a ticket for the task of another round")
+        return _Job(task, len(content), self._stopwatch()), ticket
+
+    def _entry(self, answer: Any, job: _Job | None) -> tuple[Entry, TrainReply | None]:
+        """What an answer is, for the ledger; ProtocolError or Diverged if it must not leave."""
+        receiver = self._home.enrolled().coordinator
+        if hasattr(answer, "reason"):  # an error
+            told = f"{answer.reason or ''}".encode()
+            return _entry_of(Kind.REFUSAL, receiver, told), None
+        record = dict(answer.get(RECORD) or {}) if set(answer) == {RECORD} else {}
+        content = record.get(CONTENT)
+        if set(record) == {CONTENT} and isinstance(content, bytes) and job:
+            return self._job_entry(receiver, content, job)
+        try:
+            described = Description.model_validate(record).model_dump()
+        except ValidationError:
+            raise ProtocolError("an answer of no known kind; it stays here") from None
+        return _entry_of(Kind.DESCRIPTION, receiver, canonical_json(described)), None
+
+    def _job_entry(
+        self, receiver: str, content: bytes, job: _Job
+    ) -> tuple[Entry, TrainReply | None]:
+        reply, vector = decode(content)
+        mine = [getattr(reply, name) == getattr(job.task, name) for name in ADDRESS]
+        if isinstance(reply, TrainTask) or not all(mine):
+            raise ProtocolError("an answer to another task; it stays here")
+        about = {"run": reply.run, "round": reply.round, "fetched_bytes": job.num_bytes}
+        if isinstance(reply, Refusal):
+            return _entry_of(Kind.REFUSAL, receiver, content, **about), None
+        _require_bounded(vector, job.task.clip_norm)
+        about["clip_norm"] = job.task.clip_norm
+        return _entry_of(Kind.UPDATE, receiver, content, **about), reply
+
+    def _count(self, job: _Job | None, reply: TrainReply | None) -> None:
+        """Counts the time that a job took, and its memory, whatever became of it."""
+        if job is None:
+            return
+        seconds = reply.seconds if reply else self._stopwatch() - job.began
+        self._load = self._own_load() + self._threads * -math.expm1(-seconds / LOAD_SECONDS)
+        self._load_at = self._stopwatch()
+        self._home.add_seconds(seconds, self._clock())
+        if reply:
+            self._home.note_peak(int(reply.peak_rss_mb * MB))
+
+    def _own_load(self) -> float:
+        """What jobs add to the load average still: it forgets them as slowly as it saw them."""
+        return self._load * math.exp((self._load_at - self._stopwatch()) / LOAD_SECONDS)
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except ProxyMoEError as error:
+            self._note(FAILED, f"an answer is not sent: {error}")
+            raise
+
+    def _note(self, word: str, reason: str) -> str:
+        """Tells the owner why; a log that cannot be written changes nothing else."""
+        path, when = self._home.refusals, datetime.fromtimestamp(self._clock(), UTC)
+        line = json.dumps({"time": f"{when:%Y-%m-%dT%H:%M:%SZ}", "word": word, "reason": reason})
+        log.info("refused, %s: %s", word, reason)
+        try:
+            if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+                path.replace(path.with_suffix(".old.jsonl"))
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            log.warning("%s: %s", path, error.strerror)
+        return word
+
+
+def _expected(assignment: Assignment, coordinator: str, peak_bytes: int) -> Request:
+    """What any job of an assignment asks: who cannot allow that says so before there is one."""
+    return Request(
+        coordinator=coordinator,
+        memory_bytes=max(assignment.memory_bytes, peak_bytes),
+        rank=assignment.adapter.rank,
+        steps=assignment.train.steps,
+        clip_norm=assignment.clip_norm,
+        cohort_size=assignment.cohort_size,
+    )
+
+
+def _entry_of(kind: Kind, receiver: str, content: bytes, **about: Any) -> Entry:
+    size, digest = len(content), digest_of(content)
+    return Entry(kind=kind, receiver=receiver, num_bytes=size, digest=digest, **about)
+
+
+def _require_bounded(vector: Vector, clip_norm: float) -> None:
+    """The last look at an update: what is not finite, or too long, stays here."""
+    norm = float(np.linalg.norm(vector.astype(np.float64)))
+    if not math.isfinite(norm):
+        raise Diverged("an update that is not finite; it stays here")
+    if norm > clip_norm * ROUNDING:
+        raise ProtocolError(f"an update of norm {norm:g}, the limit is {clip_norm:g}; it stays")
+
+
+def _memory_of_children() -> int:
+    """Resident bytes of the processes that this one has started."""
+    total = 0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            total += child.memory_info().rss
+    return total

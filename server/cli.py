@@ -1,0 +1,268 @@
+"""`proxymoe-coordinator`: the service that federates a base model over enrolled devices."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+for name, value in (
+    ("HF_HUB_OFFLINE", "1"),
+    ("TOKENIZERS_PARALLELISM", "false"),
+    ("FLWR_TELEMETRY_ENABLED", "0"),
+    ("FLWR_DISABLE_UPDATE_CHECK", "1"),
+):
+    # Before any of these libraries is imported, here and in every child. Nothing phones home.
+    os.environ.setdefault(name, value)
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import Progress, TaskID  # noqa: E402
+
+from proxymoe.common.errors import ConfigError, ProxyMoEError  # noqa: E402
+from proxymoe.common.tickets import new_token, secret_digest  # noqa: E402
+from proxymoe.server import tables  # noqa: E402
+from proxymoe.server.begin import settings_of  # noqa: E402
+from proxymoe.server.devices import Devices  # noqa: E402
+from proxymoe.server.flower import SuperLink  # noqa: E402
+from proxymoe.server.lock import is_held  # noqa: E402
+from proxymoe.server.serve import supervised  # noqa: E402
+from proxymoe.server.settings import RunDirectory  # noqa: E402
+from proxymoe.server.status import rounds, serve_lock, status  # noqa: E402
+
+INTERRUPTED = 130
+HOUR = 3600.0
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console(soft_wrap=True, highlight=False)
+
+Directory = Annotated[Path, typer.Argument(metavar="D", help="The run directory.")]
+Target = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")]
+OfVersion = Annotated[
+    int | None, typer.Option("--version", help="A committed version; the current one if not given.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@app.command()
+def init(
+    directory: Directory,
+    base_model: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder of the base model.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder of public <domain>.jsonl files.")
+    ] = None,
+    run_name: Annotated[str | None, typer.Option("--name", help="Name of the run.")] = None,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or address that devices connect to; may be repeated."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Start from these settings, or from an experiment's.")
+    ] = None,
+) -> None:
+    """Makes a run directory: keys, certificates of a local CA, and settings to be edited."""
+    with _told():
+        settings = settings_of(config, base_model, calibration, run_name, tuple(host_name or ()))
+        run = RunDirectory.create(directory, settings, time.time())
+        console.print(f"{run.path}: made. Settings are in {run.settings_file}; then `serve` it.")
+
+
+@app.command()
+def profile(directory: Directory) -> None:
+    """Runs public text through the full model, once per base model; `serve` would do it, too."""
+    with _told():
+        run = _run(directory)
+        # Importing torch takes seconds; a typing error should not cost them.
+        from proxymoe.server.prepare import prepare  # noqa: PLC0415
+
+        with Progress(console=console) as bar:
+            tasks: dict[str, TaskID] = {}
+
+            def stage(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what)
+                bar.update(tasks[what], completed=done, total=total)
+                if not console.is_terminal:
+                    console.print(f"{what}: {done} of {total}")
+
+            prepare(run, stage)
+        console.print(f"{run.cache}: everything that follows from the base model is there")
+
+
+@app.command()
+def serve(directory: Directory) -> None:
+    """Runs the coordinator until SIGTERM or Ctrl-C. What dies is started again."""
+    with _told():
+        run = _run(directory)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        with supervised(run) as supervisor:
+            for line in tables.listens(run):
+                console.print(line)
+            supervisor.run()
+
+
+@app.command()
+def enrol(
+    directory: Directory,
+    device: Annotated[str, typer.Argument(metavar="NAME", help="What the device is called.")],
+    hours: Annotated[float, typer.Option(min=0.01, help="How long the token may be used.")] = 24.0,
+) -> None:
+    """Prints a token by which one device may enrol, once."""
+    with _told(), _devices(directory) as (run, devices):
+        expires = time.time() + hours * HOUR
+        token = new_token(
+            run.settings.network.gateway_address, run.authority.certificate, device, expires
+        )
+        devices.invite(device, secret_digest(token.secret), token.expires)
+        typer.echo(token.text)  # as it is: it goes into a file or through a pipe
+
+
+@app.command(name="devices")
+def list_devices(directory: Directory, as_json: AsJson = False) -> None:
+    """Lists every device that was ever invited."""
+    with _told(), _devices(directory) as (_, devices):
+        entries = devices.entries()
+        if as_json:
+            typer.echo(json.dumps([tables.device_fields(entry) for entry in entries], indent=1))
+        else:
+            console.print(tables.device_table(entries))
+
+
+@app.command()
+def revoke(
+    directory: Directory,
+    device: Annotated[str, typer.Argument(metavar="NAME")],
+) -> None:
+    """Shuts a device out, at once and for good; its name may enrol again with another key."""
+    with _told(), _devices(directory) as (run, devices):
+        nodes = devices.revoke(device)
+        console.print(f"{device}: revoked; gateway and blob service refuse it from now on")
+        if not is_held(serve_lock(run)):
+            return
+        for node in nodes:
+            try:
+                SuperLink(run).unregister(node)
+            except OSError as error:
+                console.print(
+                    f"[yellow]Flower still lists its node[/], which does no harm: {error}"
+                )
+
+
+@app.command()
+def runs(directory: Directory, as_json: AsJson = False) -> None:
+    """Lists rounds and versions."""
+    with _told():
+        found = rounds(_run(directory))
+        if as_json:
+            typer.echo(json.dumps(found.as_json(), indent=1))
+        else:
+            console.print(tables.round_table(found))
+            console.print(tables.version_table(found))
+
+
+@app.command(name="status")
+def show_status(directory: Directory, as_json: AsJson = False) -> None:
+    """Says how things stand, also when the service is down."""
+    with _told():
+        found = status(_run(directory))
+        if as_json:
+            typer.echo(json.dumps(found.as_json(), indent=1))
+        else:
+            console.print(tables.status_table(found))
+
+
+@app.command()
+def rollback(
+    directory: Directory,
+    version: Annotated[int, typer.Argument(help="A committed version; 0 is before the first.")],
+) -> None:
+    """Makes an older version the current one; the next round starts from it."""
+    with _told():
+        from proxymoe.server.rollback import roll_back  # noqa: PLC0415  imports torch
+
+        roll_back(_run(directory), version, time.time())
+        console.print(f"version {version} is current; the next round starts from it")
+
+
+@app.command()
+def merge(directory: Directory, target: Target, version: OfVersion = None) -> None:
+    """Writes the base model with the adapter of a version merged into its weights."""
+    with _told():
+        from proxymoe.server.merge import merge as merge_into  # noqa: PLC0415  imports torch
+        from proxymoe.server.planner import Planner  # noqa: PLC0415
+        from proxymoe.server.rollback import adapter_of  # noqa: PLC0415
+
+        run = _run(directory)
+        number, vector = adapter_of(run, version)
+        planner = Planner(run)
+        with Progress(console=console) as bar:
+            task = bar.add_task(f"merge version {number}", total=None)
+            merge_into(
+                planner.base,
+                planner.layout,
+                vector,
+                target,
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        console.print(f"{target}: base model with version {number}")
+
+
+@app.command()
+def export(directory: Directory, target: Target, version: OfVersion = None) -> None:
+    """Writes the adapter of a version as a PEFT folder for the full base model."""
+    with _told():
+        from proxymoe.common.peft_format import export_peft  # noqa: PLC0415  imports torch
+        from proxymoe.server.planner import Planner  # noqa: PLC0415
+        from proxymoe.server.rollback import adapter_of  # noqa: PLC0415
+
+        run = _run(directory)
+        if target.exists():
+            raise ConfigError(f"{target} exists; export into a new folder")
+        number, vector = adapter_of(run, version)
+        export_peft(Planner(run).layout, vector, target, str(run.base_model))
+        console.print(f"{target}: PEFT adapter of version {number}")
+
+
+def main() -> None:
+    """Entry point of the command line."""
+    app()
+
+
+def _run(directory: Path) -> RunDirectory:
+    """A run directory that exists; ConfigError otherwise, before anything is written in it."""
+    run = RunDirectory(directory.absolute())
+    _ = run.settings
+    return run
+
+
+@contextmanager
+def _devices(directory: Path) -> Iterator[tuple[RunDirectory, Devices]]:
+    run = _run(directory)
+    with closing(Devices(run.devices_db)) as devices:
+        yield run, devices
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """A user's mistake ends in one line and exit code 1, an interrupt in INTERRUPTED."""
+    try:
+        yield
+    except ProxyMoEError as error:
+        console.print(f"[red]error:[/] {error}", markup=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        console.print(f"[red]error:[/] {error.strerror or error}{where}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted[/]")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+if __name__ == "__main__":
+    main()

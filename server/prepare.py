@@ -1,0 +1,138 @@
+"""What follows from base model and public text alone, made once and kept in the cache.
+
+The base model's index, the full model in its fused form, its profile, and the domain table. Text,
+order and arithmetic are those of a simulation, and so are the bits of the profile.
+"""
+
+import fcntl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from proxymoe.common.checkpoint import WEIGHTS
+from proxymoe.common.domains import count_tokens, domain_table, save_table
+from proxymoe.common.errors import ConfigError
+from proxymoe.common.files import canonical_json, digest_of
+from proxymoe.common.model import compute_dtype, load
+from proxymoe.common.text import Example, read_rows, tokenise
+from proxymoe.server.base import BaseCheckpoint
+from proxymoe.server.profile import Profile, load_profile, profile_domain, save_domain
+from proxymoe.server.settings import CoordinatorSettings, RunDirectory
+
+Stage = Callable[[str, int, int], None]
+"""Progress: told what is going on, how much is done, and of how much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a coordinator starts from."""
+
+    base: BaseCheckpoint
+    full: Path
+    """Folder of the full model, materialised."""
+    profile: Profile
+    table: Path | None
+    """The domain table; None with a single public domain, of which no mixture can be told."""
+
+
+def prepare(run: RunDirectory, stage: Stage = lambda *_: None) -> Prepared:
+    """Makes what is missing of it. Interrupted, it goes on later with the domain where it was.
+
+    One process works at a time; others wait, and then find it done.
+
+    Args:
+        run: where base model, public text and cache are.
+        stage: told of the stages "index" and "profile".
+
+    Raises:
+        ConfigError: a folder that the settings name is missing, or has no text for the canary.
+        CheckpointError, UnsupportedModel: the base model cannot be used.
+        DataError: a public text cannot be used.
+    """
+    texts = public_texts(run)
+    run.cache.mkdir(parents=True, exist_ok=True)
+    with (run.cache / "prepare.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stage("index", 0, 1)
+        base = BaseCheckpoint(run.base_model, run.cache)
+        full = run.cache / f"full-{base.digest[:24]}"
+        if not (full / WEIGHTS).exists():
+            base.materialise(base.keep_all(), full)
+        stage("index", 1, 1)
+        key = _recipe(base.digest, run.settings, texts)
+        profile = _profile(run, base, full, texts, run.cache / f"profile-{key}", stage)
+        table = run.cache / f"table-{key}.safetensors" if len(texts) > 1 else None
+        if table is not None and not table.exists():
+            save_table(table, domain_table(_token_counts(run, base, full, texts)))
+    return Prepared(base, full, profile, table)
+
+
+def public_texts(run: RunDirectory) -> list[Path]:
+    """The files of public text, one per domain, sorted.
+
+    Raises:
+        ConfigError: the folder is missing, or lacks a domain that the canary reads.
+    """
+    texts, wanted = sorted(run.calibration.glob("*.jsonl")), run.settings.public_domains
+    if missing := sorted({*wanted} - {path.stem for path in texts}):
+        raise ConfigError(
+            f"public_domains {missing}: no such <domain>.jsonl in {run.calibration}; "
+            f"there are {[path.stem for path in texts]}"
+        )
+    return texts
+
+
+def _recipe(base: str, settings: CoordinatorSettings, texts: Sequence[Path]) -> str:
+    """Names what profile and table depend on."""
+    contents = [[path.stem, digest_of(path.read_bytes())] for path in texts]
+    how = [settings.calibration_tokens, settings.train.max_tokens, settings.train.dtype]
+    return digest_of(canonical_json([base, how, contents]))[:24]
+
+
+def _profile(
+    run: RunDirectory,
+    base: BaseCheckpoint,
+    full: Path,
+    texts: Sequence[Path],
+    folder: Path,
+    stage: Stage,
+) -> Profile:
+    """The base model's profile in `folder`; domains that are there already are kept."""
+    settings = run.settings
+    files = {path: folder / f"{path.stem}.safetensors" for path in texts}
+    todo = [path for path in texts if not files[path].exists()]
+    stage("profile", len(texts) - len(todo), len(texts))
+    if todo:
+        torch.set_num_threads(settings.threads)
+        loaded = load(full, compute_dtype(settings.train.dtype))
+        for done, path in enumerate(todo, start=len(texts) - len(todo) + 1):
+            examples = _examples(path, loaded.tokenizer, settings)
+            found, num_tokens = profile_domain(loaded, examples, settings.calibration_tokens)
+            save_domain(files[path], base.digest, found, num_tokens)
+            stage("profile", done, len(texts))
+    return load_profile(folder, base.digest)
+
+
+def _token_counts(
+    run: RunDirectory, base: BaseCheckpoint, full: Path, texts: Sequence[Path]
+) -> dict[str, NDArray[np.int64]]:
+    """{domain: (V,) how often each token of the vocabulary occurs}."""
+    tokenizer = AutoTokenizer.from_pretrained(full, local_files_only=True)
+    vocab_size = base.config.get_text_config().vocab_size
+    return {
+        path.stem: count_tokens(
+            (example.tokens for example in _examples(path, tokenizer, run.settings)), vocab_size
+        )
+        for path in texts
+    }
+
+
+def _examples(
+    path: Path, tokenizer: PreTrainedTokenizerBase, settings: CoordinatorSettings
+) -> tuple[Example, ...]:
+    return tokenise(read_rows(path), tokenizer, settings.train.max_tokens).examples

@@ -1,0 +1,21 @@
+"""All scenarios of the fault matrix, level by level."""
+
+from proxymoe.simulations.faults import (
+    clocks,
+    device,
+    messages,
+    rounds,
+    stack,
+    transfer,
+    tuning,
+)
+
+SCENARIOS = (
+    *rounds.SCENARIOS,
+    *messages.SCENARIOS,
+    *device.SCENARIOS,
+    *tuning.SCENARIOS,
+    *transfer.SCENARIOS,
+    *clocks.SCENARIOS,
+    *stack.SCENARIOS,
+)

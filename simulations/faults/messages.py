@@ -1,0 +1,266 @@
+"""Level 2: replies that are lost, doubled, late, damaged or lies, and devices that vanish.
+
+In every round one device's reply goes through a fault. Every reply that is delivered comes with
+the receipt that is due for it, and every round with the end that it must have.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from proxymoe.common.messages import Refusal, decode, encode
+from proxymoe.server.aggregate import PlainSum
+from proxymoe.server.engine import Receipt, RoundEngine, Rules
+from proxymoe.server.round import Answer
+from proxymoe.server.store import Phase, Round, RoundStore
+from proxymoe.simulations.faults.cohort import honest
+from proxymoe.simulations.faults.law import Law, other
+from proxymoe.simulations.faults.report import Ground, Scenario
+from proxymoe.simulations.faults.rounds import federation_of, undisturbed
+
+LEVEL = "messages"
+RULES = Rules(quorum=0.6, patience=1000.0)
+"""Two of three devices are enough, and the third is waited for."""
+FOREIGN = "00" * 32
+ACCEPTED, REFUSED = Receipt.ACCEPTED, Receipt.REFUSED
+
+
+class Clock:
+    """Seconds that pass with every look and every pause."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        """Lets so much time pass."""
+        self.now += seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a fault sees when it strikes."""
+
+    name: str
+    task: bytes
+    reply: bytes
+    """The honest one."""
+    before: tuple[str, bytes] | None
+    """The device that was struck in the round before, and its honest reply then."""
+    rng: np.random.Generator
+
+
+Delivered = tuple[str, bytes, Receipt]
+"""Who a reply is said to come from, its bytes, and the receipt that is due for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What comes in place of one device's honest reply; the others answer after it."""
+
+    deliver: Callable[[Sight], Sequence[Delivered]]
+    lossless: bool = False
+    """Whether the run must end in the undisturbed bits."""
+    alone: bool = False
+    """Whether the others are silent, and the round has no quorum."""
+
+
+class Faulty:
+    """A transport under which a fault strikes one device per round, by turns."""
+
+    def __init__(self, fault: Fault, rng: np.random.Generator) -> None:
+        self.due: list[Receipt] = []
+        """For all replies that were delivered."""
+        self._fault, self._rng = fault, rng
+        self._before: tuple[str, bytes] | None = None
+
+    def devices(self) -> list[str]:
+        """See `server.round.Transport`."""
+        return ["a", "b", "c"]
+
+    def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[Answer]:
+        """See `server.round.Transport`."""
+        number = decode(next(iter(tasks.values())))[0].round
+        struck = sorted(tasks)[number % len(tasks)]
+        reply = honest(tasks[struck])
+        sight = Sight(struck, tasks[struck], reply, self._before, self._rng)
+        self._before = struck, reply
+        others = [] if self._fault.alone else [name for name in tasks if name != struck]
+        self._rng.shuffle(others)
+        honestly = [(name, honest(tasks[name]), ACCEPTED) for name in others]
+        for name, content, receipt in [*self._fault.deliver(sight), *honestly]:
+            self.due.append(receipt)
+            yield name, content
+
+
+class WatchedEngine(RoundEngine):
+    """An engine that notes the receipts it gives."""
+
+    receipts: list[Receipt]
+
+    def receive(self, now: Round, name: str, content: bytes) -> Receipt:
+        """See `RoundEngine.receive`."""
+        self.receipts.append(receipt := super().receive(now, name, content))
+        return receipt
+
+
+def strike(faults: Sequence[Fault], ground: Ground) -> Iterator[str]:
+    """A run for each fault, which strikes in every round; judged after each of them."""
+    expected = undisturbed(ground.folder())
+    for fault in faults:
+        federation, folder = federation_of(), ground.folder()
+        law, transport = Law(federation, folder), Faulty(fault, ground.rng)
+        store = RoundStore(folder, federation.run, federation.layout.size)
+        summation = partial(PlainSum, federation.layout)
+        clock = Clock()
+        engine = WatchedEngine(
+            federation, store, transport, summation, RULES, clock=clock, pause=clock.wait
+        )
+        engine.receipts = []
+        end = Phase.ABANDONED if fault.alone else Phase.COMMITTED
+        for now in rounds_of(engine, store, federation.settings.rounds):
+            complaint = law.broken()
+            if now.phase is not end:
+                complaint = f"round {now.number} is {now.phase}, expected {end}; {now.reason}"
+            if engine.receipts != transport.due:
+                complaint = f"receipts {engine.receipts}, expected {transport.due}"
+            if now.number == federation.settings.rounds:
+                complaint = complaint or law.unfinished(expected if fault.lossless else None)
+            yield complaint
+        store.close()
+
+
+def rounds_of(engine: RoundEngine, store: RoundStore, rounds: int) -> Iterator[Round]:
+    """Steps the engine to the end of its run; every round as it stands when it is over."""
+    while (now := store.latest()) is None or not (now.phase.over and now.number >= rounds):
+        engine.step(now)
+        after = store.latest()
+        if after is not None and after.phase.over and after != now:
+            yield after
+
+
+def _instead(change: Callable[[Sight], bytes]) -> Fault:
+    """Another content comes in place of the reply, and must be refused."""
+    return Fault(lambda sight: [(sight.name, change(sight), REFUSED)])
+
+
+def _saying(**header: Any) -> Fault:
+    """The reply says something else in its header, and must be refused."""
+    return _instead(lambda sight: honest(sight.task, **header))
+
+
+def _sending(change: Callable[[Any], Any]) -> Fault:
+    """The reply carries another vector, and must be refused."""
+    return _instead(lambda sight: honest(sight.task, change))
+
+
+def _late(sight: Sight) -> list[Delivered]:
+    """The reply of the round before comes now, and this one will come in the next."""
+    return [(*sight.before, Receipt.LATE)] if sight.before else []
+
+
+def _again(sight: Sight) -> list[Delivered]:
+    """The reply comes now, and that of the round before once more."""
+    again = [(*sight.before, Receipt.DUPLICATE)] if sight.before else []
+    return [*again, (sight.name, sight.reply, ACCEPTED)]
+
+
+def _impostor(sight: Sight) -> list[Delivered]:
+    """The reply comes in another device's name first, which ends the wait for that one."""
+    stolen = "a" if sight.name != "a" else "b"
+    return [(stolen, sight.reply, REFUSED), (sight.name, sight.reply, ACCEPTED)]
+
+
+def _stranger(sight: Sight) -> list[Delivered]:
+    """A device that nobody asked answers, too."""
+    reply = honest(sight.task, device="stranger")
+    return [("stranger", reply, REFUSED), (sight.name, sight.reply, ACCEPTED)]
+
+
+def _refusal(sight: Sight) -> bytes:
+    """What a device says that holds another base model."""
+    task, _ = decode(sight.task)
+    address = task.model_dump(include={"run", "round", "device", "base", "plan", "layout"})
+    return encode(Refusal(**address, reason="mismatch"))
+
+
+def _twice(receipt: Receipt, second: Callable[[Sight], bytes]) -> Fault:
+    """The honest reply comes, and then another one."""
+    return Fault(
+        lambda sight: [(sight.name, sight.reply, ACCEPTED), (sight.name, second(sight), receipt)],
+        lossless=True,
+    )
+
+
+def _scenario(fault: str, checked: str, *faults: Fault) -> Scenario:
+    return Scenario(LEVEL, fault, f"{checked}; commit is the mean", partial(strike, faults))
+
+
+SCENARIOS = (
+    _scenario(
+        "reply lost, of one device or of too many",
+        "committed with a quorum, else abandoned",
+        Fault(lambda _: []),
+        Fault(lambda _: [], alone=True),
+    ),
+    _scenario(
+        "duplicated, at once or a round later",
+        "acknowledged, counted once",
+        _twice(Receipt.DUPLICATE, lambda sight: sight.reply),
+        _twice(Receipt.DUPLICATE, lambda sight: honest(sight.task, seconds=9.0)),
+        Fault(_again, lossless=True),
+    ),
+    _scenario(
+        "two different replies of one device",
+        "the second refused and on record",
+        _twice(Receipt.CONFLICT, lambda sight: other(sight.task)),
+    ),
+    _scenario(
+        "reordered",
+        "the same bits",
+        Fault(lambda sight: [(sight.name, sight.reply, ACCEPTED)], lossless=True),
+    ),
+    _scenario("a round late", "acknowledged, not applied", Fault(_late)),
+    _scenario(
+        "of another run, round, base, plan or layout",
+        "refused",
+        _saying(run="another"),
+        _saying(round=99),
+        _saying(base=FOREIGN),
+        _saying(plan=FOREIGN),
+        _saying(layout=FOREIGN),
+    ),
+    _scenario(
+        "truncated, oversized or no reply at all",
+        "refused",
+        _instead(lambda sight: sight.reply[:-6]),
+        _instead(lambda sight: sight.reply[: len(sight.reply) // 2]),
+        _instead(lambda _: b""),
+        _instead(lambda sight: sight.rng.bytes(300)),
+        _instead(lambda sight: sight.task),
+        _sending(lambda update: update[:-1]),
+        _sending(lambda update: np.tile(update, 1000)),
+    ),
+    _scenario(
+        "update of NaN, infinity or too great a norm",
+        "refused",
+        _sending(lambda update: update * np.float32(np.nan)),
+        _sending(lambda update: update + np.float32(np.inf)),
+        _sending(lambda update: update * np.float32(3.0)),
+    ),
+    _scenario(
+        "device with another base model refuses", "round goes on without it", _instead(_refusal)
+    ),
+    _scenario(
+        "under a stolen name, or by a stranger",
+        "refused, honest one counts",
+        Fault(_impostor),
+        Fault(_stranger, lossless=True),
+    ),
+)

@@ -1,0 +1,159 @@
+"""A device at work: kept at work by a small process, never twice, and gone when told."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import psutil
+import pytest
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+
+from proxymoe.client import node, service
+from proxymoe.client.service import FEDERATED, MAIN, supervise
+from proxymoe.common.messages import CONTENT, DESCRIBE, RECORD, TRAIN, TrainTask, encode
+from proxymoe.common.supervise import ChildFailed
+from tests.doors import AUTHORITY
+from tests.grid import identify
+from tests.settled import enrolled, settle
+from tests.waiting import is_running, until
+
+flower = pytest.mark.flower
+SECONDS = 300.0
+"""For what takes a moment on an idle machine."""
+IDLE_BYTES = 260e6
+"""What supervisor, SuperNode and runner may take together."""
+
+
+@pytest.fixture
+def home(tmp_path, qwen):
+    home = enrolled(tmp_path)
+    settle(home, qwen)
+    return home
+
+
+def test_the_exit_codes_are_those_of_the_node():
+    assert (service.REFUSED, service.MISCONFIGURED) == (node.REFUSED, node.MISCONFIGURED)
+    assert service.LOOPBACK == node.LOOPBACK
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (node.REFUSED, r"coordinator at c:1 does not want this device.*node\.log"),
+        (node.MISCONFIGURED, r"cannot start with these settings.*node\.log"),
+    ],
+)
+def test_a_node_that_ends_for_good_ends_all_and_the_reason_is_told(home, code, told):
+    stand_in = ("/bin/sh", "-c", f"exit {code}")
+    with pytest.raises(ChildFailed, match=told):
+        supervise(home.path, once=False, coordinator="c:1", port=9, node=stand_in)
+    with home.alone():
+        pass  # the home is free again
+
+
+@contextlib.contextmanager
+def ended(process):
+    """A process that does not outlive the block, whatever fails in it."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def supervisor(home, *node_command):
+    words = ["supervise", str(home.path), "always", "c:1", "9", *node_command]
+    command = [sys.executable, "-c", MAIN, *words]
+    return ended(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+
+
+def node_pid(home):
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((home.log / "children.json").read_bytes())["node"]["pid"]
+    return None
+
+
+def test_the_supervisor_is_small_keeps_others_away_and_stops_all_when_told(home):
+    with supervisor(home, "/bin/sh", "-c", "exec sleep 60") as first:
+        child = until(lambda: node_pid(home), SECONDS)
+        with supervisor(home, "/bin/true") as second:
+            assert second.wait(SECONDS) == service.FAILED
+            assert second.stderr is not None
+            assert "second client" in second.stderr.read()
+        assert psutil.Process(first.pid).memory_info().rss < 30e6
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(SECONDS) == service.DONE
+    assert not is_running(child)
+
+
+def test_the_supervisor_imports_nothing_heavy():
+    heavy = "{'flwr', 'torch', 'numpy', 'pydantic', 'cryptography', 'grpc', 'httpx', 'rich'}"
+    code = f"import sys, proxymoe.client.service; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_app_is_found_by_name_and_opens_the_device_of_the_environment(home, monkeypatch):
+    monkeypatch.setenv(service.HOME, str(home.path))
+    assert service.load.__module__ == "proxymoe.client.service"
+    identify(7)
+    message = Message(RecordDict(), 5, DESCRIBE)
+    reply = service.load()(message, _context())
+    assert reply.content[RECORD]["plan"] == home.assignment().plan
+
+
+def _context():
+    return Context(run_id=7, node_id=5, node_config={}, state=RecordDict(), run_config={})
+
+
+def asked(home, number, kind=TRAIN):
+    """A message with the task of a round."""
+    identify(7)
+    assignment = home.assignment()
+    named = assignment.model_dump(include={"run", "device", "base", "plan", "layout", "clip_norm"})
+    task = encode(
+        TrainTask(**named, round=number, train=assignment.train, seed=0),
+        np.zeros(3, np.float32),
+    )
+    return Message(RecordDict({RECORD: ConfigRecord({CONTENT: task})}), 5, kind), task
+
+
+def test_the_adapter_of_an_answered_task_is_kept(home):
+    message, task = asked(home, 1)
+    assert not service._keep_adapter(home, message, RecordDict(), None)
+    assert (home.adapters / FEDERATED).read_bytes() == task
+    later, _ = asked(home, 2)
+    service._keep_adapter(home, later, Error(2, "no"), None)
+    service._keep_adapter(home, asked(home, 3, DESCRIBE)[0], RecordDict(), None)
+    assert (home.adapters / FEDERATED).read_bytes() == task, "of answered tasks only"
+
+
+def test_the_last_round_is_known(home):
+    rounds = [service._keep_adapter(home, asked(home, n)[0], RecordDict(), 2) for n in (1, 2, 3)]
+    assert rounds == [False, True, True]
+
+
+@flower
+@pytest.mark.slow
+def test_an_idle_device_is_small_waits_for_its_coordinator_and_leaves_nothing_behind(home):
+    code = "import sys; from proxymoe.client.cli import app; app(sys.argv[1:])"
+    words = [sys.executable, "-c", code, "join", "--home", str(home.path)]
+    home.write_private(home.authority, AUTHORITY.certificate)
+    with ended(subprocess.Popen(words)) as device:
+        until(lambda: _are_ready(home), SECONDS)
+        processes = psutil.Process(device.pid).children(recursive=True)
+        sizes = [p.memory_info().rss for p in (psutil.Process(device.pid), *processes)]
+        assert sum(sizes) < IDLE_BYTES, sizes
+        device.send_signal(signal.SIGTERM)
+        assert device.wait(SECONDS) == service.DONE
+    assert not any(is_running(process.pid) for process in processes)
+
+
+def _are_ready(home):
+    with contextlib.suppress(OSError, ValueError):
+        children = json.loads((home.log / "children.json").read_bytes())
+        return all(child["ready"] for child in children.values())
+    return False
