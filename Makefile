@@ -30,7 +30,7 @@ deploy-demo: $(STAMP) ## a coordinator and four devices on loopback, over TLS, f
 	@$(BIN)/python -m proxymoe.simulations.deploy_demo $(ARGS)
 
 test: check ## run every check, then the tests (a subset: ARGS="tests/common -k plan")
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 $(ARGS)
 
 check: $(STAMP) ## check format, lint, types and import rules; changes nothing
 	$(BIN)/ruff format --check

@@ -181,7 +181,7 @@ def sent(
             }
             typer.echo(json.dumps(everything, indent=1))
             return
-        console.print(_sent_table(records), _months_table(months))
+        console.print(_sent_table(records), _months_table(months), sep="\n")
         if head is not None:
             console.print(f"The chain of {head.number} rows is whole; its head is {head.hash}")
 
@@ -255,19 +255,19 @@ def _record(record: Record) -> dict[str, Any]:
 
 
 def _sent_table(records: list[Record]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "time (UTC)", "what", "round", "sent", "fetched", "arrived", "to"):
-        table.add_column(name, no_wrap=name != "to")
+    table = Table(box=None, padding=(0, 1, 0, 0), caption="?: it may or may not have arrived")
+    for name in ("", "time (UTC)", "what", "round", "sent", "fetched"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("to", overflow="fold")
     for record in records:
         entry = record.entry
         table.add_row(
             str(record.number),
             f"{record.time:%Y-%m-%d %H:%M}",
-            entry.kind.value,
+            entry.kind.value + ("" if record.is_confirmed else "?"),
             "" if entry.round is None else str(entry.round),
             f"{entry.num_bytes:,} B",
             _mb(entry.fetched_bytes) if entry.fetched_bytes else "",
-            "yes" if record.is_confirmed else "perhaps",
             entry.receiver,
         )
     return table

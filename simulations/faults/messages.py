@@ -91,8 +91,8 @@ class Faulty:
         reply = honest(tasks[struck])
         sight = Sight(struck, tasks[struck], reply, self._before, self._rng)
         self._before = struck, reply
-        others = [] if self._fault.alone else [name for name in tasks if name != struck]
-        self._rng.shuffle(others)
+        # Never in the order of names, in which the engine adds.
+        others = [] if self._fault.alone else sorted(tasks.keys() - {struck}, reverse=True)
         honestly = [(name, honest(tasks[name]), ACCEPTED) for name in others]
         for name, content, receipt in [*self._fault.deliver(sight), *honestly]:
             self.due.append(receipt)
@@ -166,9 +166,10 @@ def _late(sight: Sight) -> list[Delivered]:
 
 
 def _again(sight: Sight) -> list[Delivered]:
-    """The reply comes now, and that of the round before once more."""
-    again = [(*sight.before, Receipt.DUPLICATE)] if sight.before else []
-    return [*again, (sight.name, sight.reply, ACCEPTED)]
+    """The reply comes now, and that of the round before (at first: this one) once more."""
+    again = sight.before or (sight.name, sight.reply)
+    own = (sight.name, sight.reply, ACCEPTED)
+    return [own, (*again, Receipt.DUPLICATE)]
 
 
 def _impostor(sight: Sight) -> list[Delivered]:

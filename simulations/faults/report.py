@@ -42,7 +42,7 @@ class Scenario:
     level: str
     fault: str
     checked: str
-    """What holds after each of them."""
+    """What was looked at, after each fault unless it says otherwise."""
     inject: Inject
 
 
@@ -106,7 +106,7 @@ def table_of(outcomes: Sequence[Outcome]) -> Table:
     table.add_column("class of fault", "all")
     table.add_column("injected", str(injected), justify="right")
     table.add_column("survived", str(survived), justify="right")
-    table.add_column("checked after each")
+    table.add_column("what was checked")
     table.add_column("seconds", f"{sum(o.seconds for o in outcomes):.1f}", justify="right")
     for outcome in outcomes:
         colour = "green" if outcome.is_sound else "red"

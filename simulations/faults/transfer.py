@@ -203,18 +203,18 @@ def _hear_until(child: Child, moment: float) -> None:
         pass
 
 
-WHOLE = "all blobs whole and verified in the end"
+WHOLE = "in the end all blobs whole and verified"
 SCENARIOS = (
     Scenario(
         LEVEL,
         "connection cut every 20 MB",
-        f"{WHOLE}, less than 2 chunks sent again per cut",
+        f"{WHOLE}, less than 2 chunks sent again per cut, on average",
         partial(cut_or_corrupted, corrupt=False),
     ),
     Scenario(
         LEVEL,
         "bytes corrupted every 20 MB",
-        f"{WHOLE}, less than 2 chunks sent again per fault",
+        f"{WHOLE}, less than 2 chunks sent again per fault, on average",
         partial(cut_or_corrupted, corrupt=True),
     ),
     Scenario(

@@ -97,7 +97,8 @@ def wild_training(ground: Ground) -> Iterator[str]:
             yield _refused(device, encode(task, vector), "diverged")
             with torch.no_grad():
                 weight.copy_(before)
-    yield "" if decode(personalize(device, encode(task, vector)))[1].size else "never well again"
+    if not decode(personalize(device, encode(task, vector)))[1].size:
+        yield "never well again"
 
 
 def _refused(device: Device, content: bytes, reason: str) -> str:
