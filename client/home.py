@@ -27,12 +27,12 @@ from typing import Annotated, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from proxymoe.client.ledger import Ledger
-from proxymoe.client.partial import lock_file, sync_folder
+from proxymoe.client.partial import lock_file
 from proxymoe.client.policy import MB, Policy, Usage, load_policy
 from proxymoe.client.store import Store
 from proxymoe.common.assignment import Assignment, verify_assignment
 from proxymoe.common.errors import ConfigError
-from proxymoe.common.files import atomic_writer
+from proxymoe.common.files import atomic_writer, sync_folder
 from proxymoe.common.identity import DeviceName, PublicKey
 
 PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from proxymoe.common.errors import IntegrityError, ProxyMoEError
+from proxymoe.common.files import sync_folder
 
 MAX_CHUNK_BYTES = 4 << 20
 """No chunk is longer; a record that says so is damaged."""
@@ -162,12 +163,3 @@ def _write_at(file: FileIO, content: bytes, offset: int) -> None:
     while content:
         written = os.pwrite(file.fileno(), content, offset)
         content, offset = content[written:], offset + written
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames and removals in a folder survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,12 +28,11 @@ from proxymoe.client.bring import (
 )
 from proxymoe.client.elsewhere import Work, result_of
 from proxymoe.client.home import Home
-from proxymoe.client.partial import sync_folder
 from proxymoe.client.policy import Request
 from proxymoe.client.store import QuotaError
 from proxymoe.common.assignment import Assignment
 from proxymoe.common.errors import IntegrityError, ProtocolError
-from proxymoe.common.files import write_json
+from proxymoe.common.files import sync_folder, write_json
 from proxymoe.common.messages import Digest
 from proxymoe.common.plan import Plan
 

@@ -19,9 +19,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from proxymoe.client.partial import Partial, StoreError, explained, lock_file, sync_folder
+from proxymoe.client.partial import Partial, StoreError, explained, lock_file
 from proxymoe.common.errors import ProtocolError
-from proxymoe.common.files import write_json
+from proxymoe.common.files import sync_folder, write_json
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 GENERATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

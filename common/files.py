@@ -13,8 +13,8 @@ from typing import IO, Any
 def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
     """Yields a binary file that becomes `path` when the block ends without an error.
 
-    The bytes are flushed to the device before the rename, and a failed block (a full disk, an
-    interrupt) leaves neither the target nor the temporary file behind.
+    The bytes are flushed to the disk before the rename, and the rename before this returns. A
+    failed block (a full disk, an interrupt) leaves neither the target nor the temporary file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -24,8 +24,18 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and removals in a folder survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

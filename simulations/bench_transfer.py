@@ -20,10 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from proxymoe.client.fetch import fetch
-from proxymoe.client.partial import sync_folder
 from proxymoe.client.store import Store
 from proxymoe.common.errors import ProxyMoEError
-from proxymoe.common.files import write_json
+from proxymoe.common.files import sync_folder, write_json
 from proxymoe.server.blobs import BlobPlace
 from proxymoe.simulations.faults.transfer import SIZES, Server, Site
 from proxymoe.simulations.loopback import Loopback, write_blobs

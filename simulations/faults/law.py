@@ -81,7 +81,7 @@ class Law:
         (sound,) = store.database.execute("PRAGMA integrity_check").fetchone()
         if sound != "ok":
             yield f"the database is damaged: {sound}"
-        story = _Story()
+        story = Story()
         for entry in audit.entries(store.database):
             yield from story.tell(entry)
         versions = {version.version: version for version in store.versions()}
@@ -123,7 +123,7 @@ class Law:
             yield f"version {version.version} is not the mean of the updates that were accepted"
 
 
-class _Story:
+class Story:
     """What the audit log tells, played again."""
 
     def __init__(self) -> None:

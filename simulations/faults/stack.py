@@ -1,13 +1,104 @@
-"""Level 6: the whole stack, coordinator and devices over TLS and Flower.
+"""Level 6: the whole stack, a coordinator and devices over TLS and Flower.
 
-A scenario here is a function from a `Ground` to its verdicts, as in every level; it starts the two
-command lines in `ground.folder()`, does its damage to their processes, and asks `Law` about the
-coordinator's run directory.
+One deployment works through its rounds while each of its processes is killed in the middle of one.
+Nothing may be lost, and because every device answers in the end, it must end in the same bits as
+a simulation in which nothing happened.
 """
 
-from proxymoe.simulations.faults.report import Scenario
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from proxymoe.common.supervise import STATE
+from proxymoe.server import audit
+from proxymoe.server.status import readable
+from proxymoe.simulations.deploy_demo import RULES, adapter_digest, in_process, small
+from proxymoe.simulations.deployment import Deployment, deployed
+from proxymoe.simulations.faults.law import Story
+from proxymoe.simulations.faults.report import Ground, Scenario
 
 LEVEL = "stack"
+PARTS = ("superlink", "superexec", "gateway", "blobs", "conductor")
+ROUND_SECONDS = 300.0
 
-SCENARIOS: tuple[Scenario, ...] = ()
-"""To be filled: the place for faults that need both command lines."""
+
+def parts_killed(ground: Ground) -> Iterator[str]:
+    """Kills every process of the coordinator, its round engine, and all of it, a round each."""
+    killings: dict[str, Callable[[Deployment], None]] = {
+        **{part: partial(_kill_part, part) for part in PARTS},
+        "round engine": _kill_engine,
+        "coordinator": _kill_coordinator,
+    }
+    experiment = small(devices=2, rounds=len(killings) + 1)
+    expected = in_process(experiment, ground.folder())
+    with deployed(experiment, ground.folder() / "deployment", {"rules": RULES}) as deployment:
+        committed: list[str] = []
+        for number, (name, killing) in enumerate(killings.items(), start=1):
+            here, further = (partial(_reached, deployment, n) for n in (number, number + 1))
+            deployment.until(f"round {number} is on", here, ROUND_SECONDS)
+            killing(deployment)
+            deployment.until(f"a round after the {name} was killed", further, ROUND_SECONDS)
+            yield _broken(deployment.run_directory, committed)
+        deployment.run_rounds(ROUND_SECONDS)
+        found = adapter_digest(deployment)
+    if found != expected:
+        raise AssertionError(f"the deployment ended in {found}, the simulation in {expected}")
+
+
+def _reached(deployment: Deployment, number: int) -> bool:
+    """Whether devices train in round `number`, or it is further than that."""
+    newest = (deployment.rounds()["rounds"] or [{"number": 0, "phase": ""}])[-1]
+    is_on = newest["phase"] in ("training", "collecting")
+    return bool(newest["number"] > number or (newest["number"] == number and is_on))
+
+
+def _broken(run_directory: Path, committed: list[str]) -> str:
+    """What does not hold of the audit log; `committed` remembers the versions before."""
+    story, complaints = Story(), list[str]()
+    with readable(run_directory / "state.db") as database:
+        for entry in audit.entries(database):
+            complaints += story.tell(entry)
+    versions = [version.digest for version in story.versions.values()]
+    if versions[: len(committed)] != committed:
+        complaints.append("a version that was committed is lost or another now")
+    committed[:] = versions
+    return "; ".join(complaints)
+
+
+def _kill_coordinator(deployment: Deployment) -> None:
+    """Kills the supervisor, whose children go with it, and starts it again as systemd would."""
+    _kill(deployment.pid("coordinator"))
+    deployment.stop("coordinator")
+    deployment.start_coordinator()
+
+
+def _kill_part(part: str, deployment: Deployment) -> None:
+    state = json.loads((deployment.run_directory / "log" / STATE).read_bytes())
+    _kill(int(state[part]["pid"]))
+
+
+def _kill_engine(deployment: Deployment) -> None:
+    _kill(int(json.loads((deployment.run_directory / "engine.json").read_bytes())["pid"]))
+
+
+def _kill(pid: int) -> None:
+    process = psutil.Process(pid)
+    os.kill(pid, signal.SIGKILL)
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+
+
+SCENARIOS = (
+    Scenario(
+        LEVEL,
+        "coordinator's processes killed, one by one and all at once",
+        "no commit lost, nothing counted twice, chain verifies, run ends in the simulation's bits",
+        parts_killed,
+    ),
+)
