@@ -292,14 +292,18 @@ print("ended well")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_to_the_supervisor_ends_all_its_children(tmp_path, number):
     script = "trap 'echo bye; exit' TERM; sleep 60 & echo $!; while :; do sleep 0.01; done"
-    with subprocess.Popen(
-        [sys.executable, "-c", COORDINATOR, tmp_path, script], stdout=subprocess.PIPE, text=True
-    ) as supervisor:
+    command = [sys.executable, "-c", COORDINATOR, tmp_path, script]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor,
+        contextlib.ExitStack() as at_last,
+    ):
+        at_last.callback(supervisor.kill)  # or a failure here would wait for it for ever
         pids = [pid_of(tmp_path, name) for name in "ab"]
         pids += [int(until(lambda name=name: printed(tmp_path, name))) for name in "ab"]
         supervisor.send_signal(number)
         assert supervisor.stdout is not None
         said = supervisor.stdout.read()
+        supervisor.wait()
     until(lambda: not any(map(is_running, pids)))
     gently = number != signal.SIGKILL
     assert (supervisor.returncode, said) == ((0, "ended well\n") if gently else (-9, ""))
