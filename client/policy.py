@@ -7,10 +7,8 @@ enrolment writes: they are the docstrings below.
 """
 
 import difflib
-import json
 import math
 import re
-import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from proxymoe.common.config import Section
+from proxymoe.common.config import Section, commented_toml
 from proxymoe.common.errors import ConfigError
 
 MB = 10**6
@@ -293,22 +291,5 @@ def nearest_key(name: str) -> str:
 
 def policy_text(policy: Policy) -> str:
     """The policy as a commented TOML file; `parse_policy` gives the same policy back."""
-    lines = _comment("What this device allows. The coordinator proposes, this file disposes.")
-    for name, section in policy:
-        lines += ["", "", *_comment(type(section).__doc__), f"[{name}]"]
-        for key, field in type(section).model_fields.items():
-            value = getattr(section, key)
-            lines += _comment(field.description)
-            lines.append(f'# {key} = "…"' if value is None else f"{key} = {_toml(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def _comment(text: str | None) -> list[str]:
-    return [f"# {line}" for line in textwrap.wrap(text or "", width=92)]
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool | int | float):
-        return repr(value).lower()
-    # A JSON string is a TOML string, but for one character that TOML wants escaped.
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    title = "What this device allows. The coordinator proposes, this file disposes."
+    return commented_toml(policy, title, unset='"…"')

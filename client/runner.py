@@ -108,10 +108,10 @@ class Runner:
                 context: Context | None
                 try:
                     answer, context = self._answer(task, *task.pull(), stop)
-                except (_Unanswered, Unreadable) as error:
-                    code, reason = error.args if len(error.args) == 2 else (REFUSED, str(error))
-                    log.warning("a message gets an error: %s", reason)
-                    answer, context = Error(code, reason[:MAX_REASON]), None
+                except Unreadable as error:
+                    answer, context = _error(REFUSED, str(error)), None
+                except _Unanswered as error:
+                    answer, context = _error(*error.args), None
                 self._send(task, answer, context)
         except Lost as error:
             log.warning("a task is lost: %s", error)
@@ -156,6 +156,11 @@ class Runner:
         except JobDied as error:
             raise _Unanswered(DIED, str(error)) from error
         return answer.error if answer.has_error() else answer.content, context
+
+
+def _error(code: int, reason: str) -> Error:
+    log.warning("a message gets an error: %s", reason)
+    return Error(code, reason[:MAX_REASON])
 
 
 def _work(load: LoadApp, job: Pair) -> Pair:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from proxymoe.common.config import AdapterSettings, TrainSettings
 from proxymoe.common.errors import ProtocolError
 from proxymoe.common.files import canonical_json
-from proxymoe.common.identity import SIGNATURE_BYTES, DeviceName, is_signed, sign
+from proxymoe.common.identity import DeviceName, sign_statement, signed_statement
 from proxymoe.common.messages import Digest
 
 APPLY = "/proxymoe.plans.v1.Plans/Apply"
@@ -116,7 +116,7 @@ def issue_assignment(assignment: Assignment, signing_key: bytes) -> bytes:
         ProtocolError: not the coordinator's signing key.
     """
     statement = canonical_json(assignment.model_dump(mode="json", exclude_none=True))
-    return sign(signing_key, _PURPOSE + statement) + statement
+    return sign_statement(signing_key, _PURPOSE, statement)
 
 
 def verify_assignment(content: bytes, coordinator: str, device: str) -> Assignment:
@@ -125,8 +125,8 @@ def verify_assignment(content: bytes, coordinator: str, device: str) -> Assignme
     Raises:
         ProtocolError: anything else.
     """
-    signature, statement = content[:SIGNATURE_BYTES], content[SIGNATURE_BYTES:]
-    if not is_signed(coordinator, _PURPOSE + statement, signature):
+    statement = signed_statement(coordinator, _PURPOSE, content)
+    if statement is None:
         raise ProtocolError("assignment: not signed by the pinned coordinator; nothing was done")
     assignment = _parsed(Assignment, statement, MAX_ASSIGNMENT_BYTES, "assignment")
     if assignment.device != device:

@@ -232,21 +232,25 @@ def load_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
         raise ConfigError(f"{path}: " + "; ".join(lines)) from error
 
 
-def commented_toml(settings: Section, title: str) -> str:
-    """The settings as TOML with their docstrings as comments; reads back as equal settings."""
-    lines = [*_comment(title), *_entries(settings)]
+def commented_toml(settings: Section, title: str, unset: str = "…") -> str:
+    """The settings as TOML with their docstrings as comments; reads back as equal settings.
+
+    A key without a value is a comment, in which `unset` stands where its value would.
+    """
+    lines = [*_comment(title), *_entries(settings, unset)]
     for name, section in settings:
         if isinstance(section, Section):
-            lines += ["", "", *_comment(type(section).__doc__), f"[{name}]", *_entries(section)]
+            lines += ["", "", *_comment(type(section).__doc__), f"[{name}]"]
+            lines += _entries(section, unset)
     return "\n".join(lines) + "\n"
 
 
-def _entries(section: Section) -> Iterator[str]:
+def _entries(section: Section, unset: str) -> Iterator[str]:
     """Lines for every key that is no section of its own."""
     for key, value in section.model_dump(mode="json").items():
         if not isinstance(value, dict):
             yield from _comment(type(section).model_fields[key].description)
-            yield f"# {key} = …" if value is None else f"{key} = {_toml(value)}"
+            yield f"# {key} = {unset}" if value is None else f"{key} = {_toml(value)}"
 
 
 def _comment(text: str | None) -> list[str]:

@@ -191,6 +191,21 @@ def sign(signing_key: bytes, message: bytes) -> bytes:
     return _signing_key(signing_key).sign(message)
 
 
+def sign_statement(signing_key: bytes, purpose: bytes, statement: bytes) -> bytes:
+    """Signature and statement in one; `purpose` keeps it from passing for anything else.
+
+    Raises:
+        ProtocolError: not an Ed25519 private key.
+    """
+    return sign(signing_key, purpose + statement) + statement
+
+
+def signed_statement(verifying_key: str, purpose: bytes, content: bytes) -> bytes | None:
+    """The statement in what `sign_statement` made; None if the key's owner did not sign it."""
+    signature, statement = content[:SIGNATURE_BYTES], content[SIGNATURE_BYTES:]
+    return statement if is_signed(verifying_key, purpose + statement, signature) else None
+
+
 def is_signed(verifying_key: str, message: bytes, signature: bytes) -> bool:
     """Whether the owner of the hex public key signed `message`; False for anything malformed."""
     try:

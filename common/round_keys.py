@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from proxymoe.common.chunks import KEY_BYTES, TAG_BYTES
 from proxymoe.common.errors import ConfigError, ProtocolError
 from proxymoe.common.files import canonical_json, digest_of
-from proxymoe.common.identity import SIGNATURE_BYTES, UNREADABLE, is_signed, sign
+from proxymoe.common.identity import UNREADABLE, sign_statement, signed_statement
 from proxymoe.common.tickets import SKEW_SECONDS, UnixSeconds
 
 MAX_OFFER_BYTES = 8 << 10
@@ -189,7 +189,7 @@ class RoundKeys:
             ProtocolError: not the coordinator's signing key.
         """
         statement = canonical_json(self.offer.model_dump())
-        return sign(signing_key, _PURPOSE + statement) + statement
+        return sign_statement(signing_key, _PURPOSE, statement)
 
     def unwrap(self, suite: int, wrapped: bytes, bound: bytes) -> bytes:
         """The content key that `wrap` wrapped with the same bound bytes.
@@ -243,10 +243,9 @@ def verify_offer(
     Raises:
         ProtocolError: anything else; the message tells what does not fit.
     """
-    signature, statement = content[:SIGNATURE_BYTES], content[SIGNATURE_BYTES:MAX_OFFER_BYTES]
-    if len(content) > MAX_OFFER_BYTES or not is_signed(
-        coordinator, _PURPOSE + statement, signature
-    ):
+    is_short = len(content) <= MAX_OFFER_BYTES
+    statement = signed_statement(coordinator, _PURPOSE, content) if is_short else None
+    if statement is None:
         raise ProtocolError("round keys: not signed by the pinned coordinator; nothing was sealed")
     try:
         offer = Offer.model_validate_json(statement)

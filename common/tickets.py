@@ -20,12 +20,11 @@ from proxymoe.common.errors import ConfigError, ProtocolError
 from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.identity import (
     MAX_PEM_BYTES,
-    SIGNATURE_BYTES,
     DeviceName,
     PublicKey,
     check_name,
-    is_signed,
-    sign,
+    sign_statement,
+    signed_statement,
 )
 from proxymoe.common.messages import Digest
 
@@ -185,7 +184,7 @@ def issue_ticket(ticket: Ticket, signing_key: bytes) -> bytes:
         ProtocolError: not the coordinator's signing key.
     """
     statement = canonical_json(ticket.model_dump())
-    return sign(signing_key, _PURPOSE + statement) + statement
+    return sign_statement(signing_key, _PURPOSE, statement)
 
 
 def verify_ticket(
@@ -211,10 +210,9 @@ def verify_ticket(
     Raises:
         ProtocolError: anything else; the message tells what does not fit.
     """
-    signature, statement = content[:SIGNATURE_BYTES], content[SIGNATURE_BYTES:MAX_TICKET_BYTES]
-    if len(content) > MAX_TICKET_BYTES or not is_signed(
-        coordinator, _PURPOSE + statement, signature
-    ):
+    is_short = len(content) <= MAX_TICKET_BYTES
+    statement = signed_statement(coordinator, _PURPOSE, content) if is_short else None
+    if statement is None:
         raise ProtocolError("job ticket: not signed by the pinned coordinator; nothing was done")
     try:
         ticket = Ticket.model_validate_json(statement)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from proxymoe.common.checkpoint import Checkpoint, tensor_from
+from proxymoe.common.checkpoint import WEIGHTS, Checkpoint, tensor_from
 from proxymoe.common.errors import CheckpointError, PlanError, UnsupportedModel
 from proxymoe.common.files import canonical_json, digest_of, write_json
 from proxymoe.common.manifest import COMPANIONS, Manifest, Part, Piece, materialise, read_config
@@ -117,6 +117,13 @@ class BaseCheckpoint:
     def materialise(self, plan: Plan, folder: Path) -> Path:
         """Writes the submodel of a plan for a local device, or the full model; see `manifest`."""
         return materialise(self.manifest(plan), folder, self.read_piece, self.read_companion)
+
+    def materialised_full(self, cache: Path) -> Path:
+        """The folder of the full model in this cache; written if it is not there."""
+        folder = cache / f"full-{self.digest[:24]}"
+        if not (folder / WEIGHTS).exists():
+            self.materialise(self.keep_all(), folder)
+        return folder
 
     def read_piece(self, piece: Piece) -> bytes:
         """The bytes of a piece, straight from the checkpoint."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from proxymoe.common.config import load_experiment
+from proxymoe.common.config import Experiment, load_experiment
 from proxymoe.common.errors import ConfigError
 from proxymoe.server.settings import CoordinatorSettings
 
@@ -65,9 +65,11 @@ def _table(config: Path) -> dict[str, Any]:
         raise ConfigError(f"{config}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{config}: not TOML: {error}") from error
-    if "devices" not in table:
-        return table
-    experiment = load_experiment(config)
+    return shared_with(load_experiment(config)) if "devices" in table else table
+
+
+def shared_with(experiment: Experiment) -> dict[str, Any]:
+    """What a coordinator takes from an experiment, as it stands in its settings file."""
     whole = experiment.model_dump(mode="json", exclude_none=True)
     taken: dict[str, Any] = {key: whole[key] for key in SHARED}
     taken["federation"]["canary_every"] = 1

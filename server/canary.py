@@ -54,10 +54,7 @@ class Canary:
             LayoutMismatch: the adapter is of another layout.
         """
         torch.set_num_threads(self._threads)
-        with AttachedAdapter(self._loaded.model, self._layout) as attached:
-            if adapter is not None:
-                attached.bind(adapter)
-            return token_quality(self._loaded.model, [self._batch]).loss
+        return public_loss(self._loaded, self._layout, adapter, self._batch)
 
     @cached_property
     def _loaded(self) -> LoadedModel:
@@ -68,3 +65,13 @@ class Canary:
         tokenizer = self._loaded.tokenizer
         found = [tokenise(read_rows(path), tokenizer, self._tokens) for path in self._texts]
         return collate([row for examples in found for row in examples.examples[-self._rows :]])
+
+
+def public_loss(
+    full: LoadedModel, layout: AdapterLayout, adapter: Tensor | None, batch: Batch
+) -> float:
+    """Loss in nats per token on a batch of public rows, with an adapter (P,) or without one."""
+    with AttachedAdapter(full.model, layout) as attached:
+        if adapter is not None:
+            attached.bind(adapter)
+        return token_quality(full.model, [batch]).loss

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from proxymoe.common.checkpoint import WEIGHTS
 from proxymoe.common.domains import count_tokens, domain_table, save_table
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.files import canonical_json, digest_of
@@ -60,9 +59,7 @@ def prepare(run: RunDirectory, stage: Stage = lambda *_: None) -> Prepared:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stage("index", 0, 1)
         base = BaseCheckpoint(run.base_model, run.cache)
-        full = run.cache / f"full-{base.digest[:24]}"
-        if not (full / WEIGHTS).exists():
-            base.materialise(base.keep_all(), full)
+        full = base.materialised_full(run.cache)
         stage("index", 1, 1)
         key = _recipe(base.digest, run.settings, texts)
         profile = _profile(run, base, full, texts, run.cache / f"profile-{key}", stage)

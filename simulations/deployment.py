@@ -1,10 +1,10 @@
 """A real deployment on loopback: one coordinator and several devices, each in its own processes.
 
-Everything is done by the two command lines that a user has, over TLS and Flower; nothing is
-reached into. For the demo, for faults, and to compare with a simulation.
+Everything is done by the two command lines that a user has, over TLS and Flower; only how the
+rounds stand is read where the coordinator's own command reads it. For the demo, for faults, and to
+compare with a simulation.
 """
 
-import json
 import os
 import signal
 import socket
@@ -18,10 +18,13 @@ from typing import Any, Self
 
 import tomli_w
 
-from proxymoe.client.policy import Policy, load_policy, policy_text
+from proxymoe.client.policy import load_policy, policy_text
 from proxymoe.common.config import Experiment
 from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.files import write_bytes
+from proxymoe.server.begin import shared_with
+from proxymoe.server.settings import RunDirectory
+from proxymoe.server.status import rounds, status
 from proxymoe.simulations.site import VirtualDevice, asset, virtual_devices
 
 LOOPBACK = "127.0.0.1"
@@ -105,9 +108,8 @@ class Deployment:
         return self._command("proxymoe.client.cli", verb, *arguments, *home, given=given)
 
     def rounds(self) -> dict[str, Any]:
-        """`proxymoe-coordinator runs --json`."""
-        found: dict[str, Any] = json.loads(self.coordinator("runs", "--json"))
-        return found
+        """What `proxymoe-coordinator runs --json` prints, without a process for every look."""
+        return rounds(RunDirectory(self.run_directory)).as_json()
 
     def run_rounds(self, seconds: float, told: Callable[[str], None] = lambda _: None) -> None:
         """Returns when all rounds are over; `told` hears of every phase.
@@ -171,14 +173,9 @@ class Deployment:
 
     def _coordinator_settings(self) -> dict[str, Any]:
         experiment = self.experiment
-        whole = experiment.model_dump(mode="json", exclude_none=True)
-        shared = ("calibration_tokens", "seed", "extract", "adapter", "train", "federation")
-        settings: dict[str, Any] = {
-            "run": experiment.name,
+        settings: dict[str, Any] = shared_with(experiment) | {
             "base_model": str(asset(experiment.base_model)),
             "calibration": str(asset(experiment.calibration)),
-            "public_domains": list(experiment.evaluate.public_domains),
-            **{key: whole[key] for key in shared},
             "network": dict(zip(PORTS, free_ports(len(PORTS)), strict=True)),
         }
         for section, values in self._settings.items():
@@ -199,11 +196,10 @@ class Deployment:
             for section, values in wishes.items()
         }
         write_bytes(policy_file, policy_text(policy.model_copy(update=changed)).encode())
-        assert isinstance(load_policy(policy_file), Policy)
 
     def _is_serving(self) -> bool:
-        children = json.loads(self.coordinator("status", "--json"))["children"]
-        return bool(children) and all(child["ready"] for child in children)
+        children = status(RunDirectory(self.run_directory)).children
+        return bool(children) and all(child.ready for child in children)
 
     def _start(self, name: str, module: str, *arguments: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:

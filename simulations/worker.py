@@ -31,6 +31,7 @@ from proxymoe.common.model import LoadedModel, compute_dtype, load, redirects
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.plan import Plan, RouterMode
 from proxymoe.common.text import Example, Examples, collate, packed_batches
+from proxymoe.server import canary
 from proxymoe.server.profile import profile_domain, save_domain
 from proxymoe.simulations.ranking import ranked_quality
 from proxymoe.simulations.site import (
@@ -222,13 +223,10 @@ def public_loss(vector: np.ndarray | None, max_rows: int, max_tokens: int) -> di
 def canary_loss(vector: np.ndarray | None, max_rows: int, max_tokens: int) -> float:
     """Loss of the full model with an adapter on a few public rows of all domains, in one batch."""
     worker = here()
-    loaded = worker.mounted(None)
     domains = worker.site.experiment.evaluate.public_domains
     rows = [row for domain in domains for row in worker.public(domain, max_rows, max_tokens)]
-    with AttachedAdapter(loaded.model, worker.site.layout) as adapter:
-        if vector is not None:
-            adapter.bind(torch.from_numpy(vector))
-        return token_quality(loaded.model, [collate(rows)]).loss
+    adapter = None if vector is None else torch.from_numpy(vector)
+    return canary.public_loss(worker.mounted(None), worker.site.layout, adapter, collate(rows))
 
 
 def obey() -> None:

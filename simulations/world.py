@@ -54,9 +54,7 @@ def open_site(experiment: Experiment, cache: Path) -> tuple[Site, BaseCheckpoint
     """The base model indexed and fused, the adapter layout, the devices; ready for workers."""
     devices = virtual_devices(experiment.devices)
     base = BaseCheckpoint(asset(experiment.base_model), cache)
-    full = cache / f"full-{base.digest[:24]}"
-    if not (full / WEIGHTS).exists():
-        base.materialise(base.keep_all(), full)
+    full = base.materialised_full(cache)
     layout = adapter_layout(
         base.skeleton, experiment.adapter.targets, experiment.adapter.rank, experiment.seed
     )
