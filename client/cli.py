@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -10,14 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-for name, value in (
-    ("HF_HUB_OFFLINE", "1"),
-    ("TOKENIZERS_PARALLELISM", "false"),
-    ("FLWR_TELEMETRY_ENABLED", "0"),
-    ("FLWR_DISABLE_UPDATE_CHECK", "1"),
-):
-    # Before any of these libraries is imported, here and in every child. Nothing phones home.
-    os.environ.setdefault(name, value)
+from proxymoe.common.offline import go_offline
+
+go_offline()
 
 import typer  # noqa: E402
 from rich.box import SIMPLE_HEAD  # noqa: E402

@@ -7,23 +7,22 @@ to a minute, and is refused: then the process starts itself anew until that has 
 """
 
 import importlib.metadata
-import ipaddress
 import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from proxymoe.common.errors import ConfigError
-from proxymoe.common.tickets import split_address
+from proxymoe.common.offline import LOOPBACK
+from proxymoe.common.tickets import is_loopback, split_address
 
 FLOWER = "1.41"
 """The minor version of flwr that a device runs with."""
-LOOPBACK = "127.0.0.1"
 AGAIN, REFUSED, MISCONFIGURED = 75, 77, 78
 """Exit codes, as in sysexits.h: start it again; the coordinator does not want this device; it
 cannot start like this. An end that was asked for is an AGAIN, too: who asked knows better."""
@@ -96,32 +95,6 @@ def command(settings: NodeSettings) -> tuple[str, ...]:
     else:
         flags += ["--insecure"]
     return (sys.executable, "-P", "-m", "proxymoe.client.node", *flags)
-
-
-def environment(home: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """What a device's SuperNode and runner need in their environment, beside `inherited`.
-
-    Nothing calls home or installs anything, Flower's files are in `home`, and what is said on
-    loopback takes no proxy.
-    """
-    direct = [inherited.get(name) for name in ("NO_PROXY", "no_proxy")]
-    no_proxy = ",".join(filter(None, [*direct, LOOPBACK]))
-    return {
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "NO_PROXY": no_proxy,
-        "no_proxy": no_proxy,
-    }
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine, by its name or address alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def exit_code(code: object, told: str) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from proxymoe.common.backoff import backoff_seconds
 from proxymoe.common.errors import IntegrityError, ProxyMoEError
 
 MAX_DAMAGED = 2
@@ -25,13 +26,8 @@ class Backoff:
     max_seconds: float = 30.0
 
     def seconds(self, failures: int, draw: float) -> float:
-        """The pause after so many failures in a row; it doubles up to the longest.
-
-        `draw`, from [0, 1), places it in the upper half of that, so that many devices that lost
-        one coordinator do not all come back at once.
-        """
-        longest = min(self.max_seconds, self.first_seconds * 2.0 ** min(failures - 1, 64))
-        return longest * (1 + draw) / 2
+        """The pause after so many failures in a row; see `backoff_seconds`."""
+        return backoff_seconds(self.first_seconds, self.max_seconds, failures, draw)
 
 
 class Failures:

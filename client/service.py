@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from proxymoe.client.partial import lock_file
 from proxymoe.common.errors import ConfigError, ProxyMoEError
 from proxymoe.common.files import write_bytes
+from proxymoe.common.offline import LOOPBACK, flower_environment
 from proxymoe.common.supervise import Backoff, Child, ChildFailed, Supervisor, listening
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ THRIFT = {
     "MALLOC_TRIM_THRESHOLD_": "131072",
 }
 """Has glibc give memory back after a round, 7 MB in all; too slow for those who train."""
-LOOPBACK = "127.0.0.1"
 DONE, FAILED = 0, 1
 REFUSED, MISCONFIGURED = os.EX_NOPERM, os.EX_CONFIG
 """Exit codes; the last two are the SuperNode's, see `client/node.py`."""
@@ -65,7 +65,7 @@ def start(home: "Home", *, once: bool = False) -> NoReturn:
     Raises:
         ConfigError: not enrolled, or for addresses that cannot be.
     """
-    from proxymoe.client.node import NodeSettings, command, environment
+    from proxymoe.client.node import NodeSettings, command
 
     record = home.enrolled()
     with socket.create_server((LOOPBACK, 0)) as free:
@@ -74,7 +74,7 @@ def start(home: "Home", *, once: bool = False) -> NoReturn:
     node = command(
         NodeSettings(record.coordinator, port, home.runtime_secret, home.authority, home.ssh_key)
     )
-    os.environ |= environment(home.flower, os.environ) | THRIFT | {HOME: str(home.path)}
+    os.environ |= flower_environment(home.flower, os.environ) | THRIFT | {HOME: str(home.path)}
     sys.stdout.flush()
     mode = "once" if once else "always"
     us = _python("supervise", str(home.path), mode, record.coordinator, str(port))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from proxymoe.common.backoff import backoff_seconds
 from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.files import write_json
 from proxymoe.common.processes import Group, Guard, hide
@@ -72,13 +73,8 @@ class Backoff:
     """One more in a row gives up on the whole group; None never does."""
 
     def delay(self, failures: int, draw: float) -> float:
-        """Seconds to wait after `failures` ≥ 1 in a row: half of the full delay, or up to all.
-
-        The full delay grows by `factor` up to the cap; `draw` in [0, 1) keeps devices that lost
-        the same coordinator from coming back all at once.
-        """
-        growth = self.factor ** min(failures - 1, 64)
-        return min(self.cap_seconds, self.first_seconds * growth) * (1 + draw) / 2
+        """Seconds to wait after `failures` ≥ 1 in a row; see `backoff_seconds`."""
+        return backoff_seconds(self.first_seconds, self.cap_seconds, failures, draw, self.factor)
 
 
 def listening(host: str, port: int) -> Callable[[], bool]:

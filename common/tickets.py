@@ -9,6 +9,7 @@ seconds.
 import base64
 import binascii
 import hmac
+import ipaddress
 import re
 import secrets
 from typing import Annotated, Self
@@ -52,6 +53,14 @@ def split_address(address: str) -> tuple[str, int]:
     if not found or not 0 < int(found["port"]) < 1 << 16:
         raise ConfigError(f"address {address[:80]!r}: write host:port, or [v6 address]:port")
     return found["v6"] or found["host"], int(found["port"])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, by its name or address alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _checked_address(address: str) -> str:

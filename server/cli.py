@@ -2,21 +2,15 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated
 
-for name, value in (
-    ("HF_HUB_OFFLINE", "1"),
-    ("TOKENIZERS_PARALLELISM", "false"),
-    ("FLWR_TELEMETRY_ENABLED", "0"),
-    ("FLWR_DISABLE_UPDATE_CHECK", "1"),
-):
-    # Before any of these libraries is imported, here and in every child. Nothing phones home.
-    os.environ.setdefault(name, value)
+from proxymoe.common.offline import go_offline
+
+go_offline()
 
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402

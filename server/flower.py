@@ -18,11 +18,11 @@ from typing import Any
 
 from proxymoe.common.files import write_bytes
 from proxymoe.common.identity import ssh_public_key
+from proxymoe.common.offline import LOOPBACK, flower_environment
 from proxymoe.server.settings import RunDirectory
 
 COORDINATOR = "PROXYMOE_COORDINATOR"
 """Environment variable that tells the ServerApp its run directory."""
-LOOPBACK = "127.0.0.1"
 CONNECTION = "coordinator"
 """What Flower's commands call our SuperLink."""
 BUNDLE = Path(__file__).parent / "bundle"
@@ -38,20 +38,8 @@ class SuperLinkError(OSError):
 
 
 def environment(run: RunDirectory, inherited: Mapping[str, str]) -> dict[str, str]:
-    """What every Flower process needs in its environment, beside `inherited`.
-
-    Nothing calls home or installs anything, Flower's files are in the run directory, its programs
-    are found, and what is said on loopback takes no proxy.
-    """
-    direct = [inherited.get(name) for name in ("NO_PROXY", "no_proxy")]
-    no_proxy = ",".join(filter(None, [*direct, LOOPBACK]))
-    return {
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_HOME": str(run.flower),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "NO_PROXY": no_proxy,
-        "no_proxy": no_proxy,
+    """See `flower_environment`; Flower's programs are found, too, and print for files."""
+    return flower_environment(run.flower, inherited) | {
         "PATH": os.pathsep.join(filter(None, [str(SCRIPTS), inherited.get("PATH")])),
         "PYTHONUNBUFFERED": "1",
         "TERM": "dumb",  # colours are for people, not for log files and JSON

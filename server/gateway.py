@@ -9,7 +9,6 @@ so whatever fails behind the gateway becomes a 503, which a node tries again.
 import asyncio
 import base64
 import contextlib
-import ipaddress
 import logging
 import ssl
 import time
@@ -28,7 +27,7 @@ from starlette.routing import Route
 
 from proxymoe.common.errors import ConfigError, ProtocolError
 from proxymoe.common.identity import check_device_signature, key_digest
-from proxymoe.common.tickets import EnrolRequest
+from proxymoe.common.tickets import EnrolRequest, is_loopback
 from proxymoe.server.enrolment import Enrolment, RateLimit, Refused, Standing, busy, enrol
 
 log = logging.getLogger(__name__)
@@ -136,7 +135,7 @@ def listener(
     Raises:
         ConfigError: plain text beyond loopback.
     """
-    if certificate is None and not _is_loopback(host):
+    if certificate is None and not is_loopback(host):
         raise ConfigError(f"plain text on {host}: only loopback may do without TLS; see `init`")
     return uvicorn.Config(
         app,
@@ -254,13 +253,6 @@ def _passed(headers: Mapping[str, str]) -> dict[str, str]:
         for name, value in headers.items()
         if name.lower() in PASSED or name.lower().startswith("flwr-")
     }
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 async def _refused(_request: Request, error: Exception) -> Response:

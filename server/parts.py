@@ -24,10 +24,11 @@ from starlette.routing import Route
 
 from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.identity import key_digest, verifying_key
+from proxymoe.common.offline import LOOPBACK
 from proxymoe.server.conductor import Conductor, Scene
 from proxymoe.server.devices import Devices
 from proxymoe.server.enrolment import Enrolment, RateLimit
-from proxymoe.server.flower import LOOPBACK, SuperLink, superlink_address
+from proxymoe.server.flower import SuperLink, superlink_address
 from proxymoe.server.gateway import gateway, listener, superlink_client
 from proxymoe.server.settings import RunDirectory
 from proxymoe.server.status import engine, rounds, status

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from proxymoe.common.errors import CheckpointError, ConfigError
+from proxymoe.common.offline import LOOPBACK
 from proxymoe.common.supervise import Backoff, Child, Supervisor, listening
 from proxymoe.server import parts
 from proxymoe.server.flower import (
     COORDINATOR,
-    LOOPBACK,
     environment,
     superexec_command,
     superlink_command,

@@ -5,7 +5,6 @@ comments of the file that `init` writes: they are the docstrings below. Importin
 seconds, which reading settings must not cost: what needs it is imported where it is made.
 """
 
-import ipaddress
 import os
 import secrets
 import shutil
@@ -28,7 +27,7 @@ from proxymoe.common.config import (
 )
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.identity import new_signing_key
-from proxymoe.common.tickets import split_address
+from proxymoe.common.tickets import is_loopback, split_address
 
 if TYPE_CHECKING:
     from proxymoe.server.blobs import BlobLimits
@@ -41,13 +40,6 @@ Port = Annotated[int, Field(ge=1, lt=1 << 16)]
 
 def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class NetworkSettings(Section):
@@ -89,7 +81,7 @@ class NetworkSettings(Section):
         ports = [self.gateway_port, self.blob_port, self.status_port, self.superlink_port]
         if len(set(ports)) < len(ports):
             raise ValueError(f"ports {ports} must be distinct")
-        if self.plain_text and not _is_loopback(self.host):
+        if self.plain_text and not is_loopback(self.host):
             raise ValueError(f"plain_text with host {self.host}: only loopback may do without TLS")
         return self
 

@@ -1,24 +1,15 @@
 """`proxymoe-simulate`: many devices on one machine, over the same code as a deployment."""
 
 import logging
-import os
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-for name, value in (
-    ("HF_HUB_OFFLINE", "1"),
-    ("TOKENIZERS_PARALLELISM", "false"),
-    ("FLWR_TELEMETRY_ENABLED", "0"),
-    ("FLWR_DISABLE_UPDATE_CHECK", "1"),
-    ("RAY_USAGE_STATS_ENABLED", "0"),
-    # The workers have the cores; threads in a process would only spin.
-    ("OMP_NUM_THREADS", "1"),
-    ("OPENBLAS_NUM_THREADS", "1"),
-):
-    # Before any of these libraries is imported, here and in every worker. Nothing phones home.
-    os.environ.setdefault(name, value)
+from proxymoe.common.offline import go_offline
+
+# The workers have the cores; threads in a process would only spin.
+go_offline(RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 import tomli_w  # noqa: E402
 import typer  # noqa: E402

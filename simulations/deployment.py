@@ -22,6 +22,7 @@ from proxymoe.client.policy import load_policy, policy_text
 from proxymoe.common.config import Experiment
 from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.files import write_bytes
+from proxymoe.common.offline import OFFLINE
 from proxymoe.server.begin import shared_with
 from proxymoe.server.settings import RunDirectory
 from proxymoe.server.status import rounds, status
@@ -240,14 +241,7 @@ def deployed(
 
 def environment() -> dict[str, str]:
     """Of all that is started: one thread each, a wide terminal, and nobody phones home."""
-    return os.environ | {
-        "COLUMNS": "200",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    return os.environ | OFFLINE | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
 
 def free_ports(count: int) -> list[int]:

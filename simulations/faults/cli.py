@@ -1,20 +1,14 @@
 """`python -m proxymoe.simulations.faults`: injects every fault and prints what became of it."""
 
 import logging
-import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-for name, value in (
-    # Before torch and gRPC: children are forked and do tiny sums, and cut connections are no news.
-    ("OMP_NUM_THREADS", "1"),
-    ("OPENBLAS_NUM_THREADS", "1"),
-    ("GRPC_VERBOSITY", "NONE"),
-    ("HF_HUB_OFFLINE", "1"),
-    ("TOKENIZERS_PARALLELISM", "false"),
-):
-    os.environ.setdefault(name, value)
+from proxymoe.common.offline import go_offline
+
+# Children are forked and do tiny sums, and cut connections are no news.
+go_offline(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", GRPC_VERBOSITY="NONE")
 
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402

@@ -18,12 +18,12 @@ from proxymoe.client.node import (
     REFUSED,
     NodeSettings,
     command,
-    environment,
     exit_code,
-    is_loopback,
     require_flower,
 )
 from proxymoe.common.errors import ConfigError
+from proxymoe.common.offline import flower_environment
+from proxymoe.common.tickets import is_loopback
 
 SECRET, CA, KEY = Path("/d/secret"), Path("/d/ca.pem"), Path("/d/key")
 PLAIN = NodeSettings("127.0.0.1:8000", 9094, SECRET, None, None)
@@ -74,13 +74,15 @@ def test_a_name_is_not_loopback_because_it_looks_so():
 
 
 def test_nothing_calls_home_and_loopback_takes_no_proxy():
-    added = environment(Path("/d/flower"), {"NO_PROXY": "intern", "HTTP_PROXY": "http://proxy:1"})
+    added = flower_environment(
+        Path("/d/flower"), {"NO_PROXY": "intern", "HTTP_PROXY": "http://proxy:1"}
+    )
     assert added["FLWR_TELEMETRY_ENABLED"] == "0"
     assert added["FLWR_DISABLE_UPDATE_CHECK"] == "1"
     assert added["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert added["FLWR_HOME"] == "/d/flower"
     assert added["NO_PROXY"] == added["no_proxy"] == "intern,127.0.0.1"
-    assert environment(Path("/d"), {})["NO_PROXY"] == "127.0.0.1"
+    assert flower_environment(Path("/d"), {})["NO_PROXY"] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("version", [f"{FLOWER}.0", f"{FLOWER}.7", f"{FLOWER}.dev1"])

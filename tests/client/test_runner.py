@@ -32,6 +32,7 @@ from proxymoe.client import node, runner
 from proxymoe.client import supernode as supernode_api
 from proxymoe.client.runner import DIED, FAILED, MAX_REASON, REFUSED, Runner
 from proxymoe.common.errors import ConfigError
+from proxymoe.common.offline import flower_environment
 from tests.grid import identify
 
 flower = pytest.mark.flower
@@ -447,7 +448,7 @@ class Deployment:
     def __init__(self, folder, children):
         self._children = children
         self._folder = folder
-        self._environment = {**os.environ, **node.environment(folder / "flower", os.environ)}
+        self._environment = {**os.environ, **flower_environment(folder / "flower", os.environ)}
         self.marker = folder / "executed"
         (secret := folder / "secret").write_bytes(SECRET)
         runtime_port, link_port = free_port(), free_port()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from proxymoe.common.adapter import AdapterLayout, delta_weight
 from proxymoe.common.errors import LayoutMismatch, ProtocolError
 from proxymoe.server.aggregate import PlainSum
-from tests.cohorts import NUM_EXPERTS, small_layout, small_plan
+from proxymoe.simulations.faults.cohort import NUM_EXPERTS, small_layout, small_plan
 from tests.tiny import assert_near
 
 FULL = small_layout()

@@ -11,7 +11,7 @@ from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.app import GridTransport, server_app
 from proxymoe.server.journal import initial_state
 from proxymoe.server.round import run_round
-from tests.cohorts import InMemory, honest, small_federation
+from proxymoe.simulations.faults.cohort import InMemory, honest, small_federation
 from tests.grid import LocalGrid, context_of, failed
 
 PLAN = "ab" * 32

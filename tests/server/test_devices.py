@@ -16,7 +16,7 @@ from proxymoe.common.files import digest_of
 from proxymoe.common.tickets import secret_digest
 from proxymoe.server.devices import Devices
 from proxymoe.server.enrolment import Invitation, Refused, Standing, enrol
-from tests.cohorts import small_plan
+from proxymoe.simulations.faults.cohort import small_plan
 from tests.doors import NOW, Applicant, enrolment
 
 NODE = (1 << 64) - 5

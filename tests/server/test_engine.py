@@ -16,7 +16,7 @@ from proxymoe.server.engine import Receipt, RoundEngine, Rules
 from proxymoe.server.journal import initial_state
 from proxymoe.server.round import Answer, run_round
 from proxymoe.server.store import Phase, RoundStore
-from tests.cohorts import InMemory, honest, small_federation
+from proxymoe.simulations.faults.cohort import InMemory, honest, small_federation
 
 SIZE = small_federation().layout.size
 RULES = Rules(quorum=1.0)

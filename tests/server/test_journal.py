@@ -9,7 +9,7 @@ from proxymoe.common.errors import CheckpointError, LayoutMismatch
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.journal import KEPT_STATES, Journal, initial_state
 from proxymoe.server.round import run_round
-from tests.cohorts import InMemory, honest, small_federation
+from proxymoe.simulations.faults.cohort import InMemory, honest, small_federation
 
 SIZE = small_federation().layout.size
 SETTINGS = [

@@ -9,7 +9,7 @@ from proxymoe.common.errors import ConfigError
 from proxymoe.server.rollback import adapter_of, roll_back
 from proxymoe.server.settings import RunDirectory
 from proxymoe.server.store import Phase
-from tests.cohorts import InMemory, small_federation
+from proxymoe.simulations.faults.cohort import InMemory, small_federation
 from tests.runs import run_directory
 from tests.server.test_engine import engine_of
 

@@ -12,7 +12,13 @@ from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.journal import initial_state
 from proxymoe.server.round import NORM_SLACK, run_round
 from proxymoe.server.schedule import sample_cohort, server_rate, task_seed
-from tests.cohorts import InMemory, honest, small_federation, small_layout, small_plan
+from proxymoe.simulations.faults.cohort import (
+    InMemory,
+    honest,
+    small_federation,
+    small_layout,
+    small_plan,
+)
 from tests.tiny import assert_near
 
 

@@ -13,8 +13,8 @@ from proxymoe.common.masking import Device
 from proxymoe.common.secagg import Phase
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.secure_sum import SecureSum, contribution, mask_classes, terms_for
+from proxymoe.simulations.faults.cohort import small_layout, small_plan
 from proxymoe.simulations.secure import SimulatedKeys, aggregate
-from tests.cohorts import small_layout, small_plan
 
 FULL = small_layout()
 KEPT = {"a": (0, 1), "b": (0, 1), "c": (0, 1, 3), "d": (1, 2), "e": (0, 2)}

@@ -14,7 +14,7 @@ from proxymoe.server.devices import Devices
 from proxymoe.server.round import tasks_of
 from proxymoe.server.serverapp import admission, ticketing
 from proxymoe.server.store import Phase
-from tests.cohorts import small_federation
+from proxymoe.simulations.faults.cohort import small_federation
 from tests.runs import run_directory
 
 NOW = time.time()

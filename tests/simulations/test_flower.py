@@ -17,11 +17,11 @@ from proxymoe.common.files import digest_of
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.journal import Journal, initial_state
 from proxymoe.server.round import RoundReport, run_round
+from proxymoe.simulations.faults.cohort import InMemory, small_federation
 from proxymoe.simulations.federate import federate, federation_of, pool_transports
 from proxymoe.simulations.flower import Complete, flower_backend, virtual_nodes
 from proxymoe.simulations.pool import WorkerPool
 from proxymoe.simulations.world import World, open_site, profile_base
-from tests.cohorts import InMemory, small_federation
 
 pytestmark = [
     # Ray leaves its log files open.

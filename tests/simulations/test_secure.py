@@ -6,8 +6,8 @@ import torch
 
 from proxymoe.common.errors import ConfigError, ProtocolError
 from proxymoe.server.aggregate import PlainSum
+from proxymoe.simulations.faults.cohort import small_layout, small_plan
 from proxymoe.simulations.secure import MaskedSum, SimulatedKeys
-from tests.cohorts import small_layout, small_plan
 
 FULL = small_layout()
 
