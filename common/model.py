@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from proxymoe.common.attention import install_attention
 from proxymoe.common.checkpoint import Checkpoint, read_tensors
 from proxymoe.common.errors import CheckpointError
 from proxymoe.common.experts import Redirect, expert_state, install_backend
@@ -69,6 +70,7 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
     model.requires_grad_(False).eval()
     install_backend(model)
     install_norms(model)
+    install_attention(model)
     _install_redirects(model, plan, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return LoadedModel(model, tokenizer, plan)
