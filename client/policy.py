@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from proxymoe.common.config import Section, commented_toml
 from proxymoe.common.errors import ConfigError
+from proxymoe.common.section import Section, commented_toml
 
 MB = 10**6
 CLOCK = r"(?:[01]\d|2[0-3]):[0-5]\d"

@@ -4,19 +4,18 @@ Defaults stand here and nowhere else. Unknown keys are refused, units are in the
 resolved file is written beside every result, so each run explains itself.
 """
 
-import json
-import textwrap
 import tomllib
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.plan import Others, RouterMode
+from proxymoe.common.privacy import PrivacySettings
+from proxymoe.common.section import Section
 
 
 class Saliency(StrEnum):
@@ -35,14 +34,6 @@ class Allocation(StrEnum):
     """By saliency over all layers, above a floor."""
     UNIFORM = "uniform"
     """The same number in every layer."""
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, strict, no unknown keys."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class DeviceSettings(Section):
@@ -190,11 +181,16 @@ class Experiment(Section):
     """Tokens profiled per public domain."""
     seed: int = Field(default=0, ge=0)
     workers: int = Field(default=2, ge=1)
+    secure: bool = False
+    """Whether updates are summed under masks: the coordinator sees no single one."""
+    smallest_sum: int = Field(default=2, ge=2)
+    """Fewest devices that a masked sum is over; blocks with fewer holders are skipped."""
     devices: tuple[DeviceSettings, ...] = Field(min_length=1)
     extract: ExtractSettings = ExtractSettings()
     adapter: AdapterSettings = AdapterSettings()
     train: TrainSettings = TrainSettings()
     federation: FederationSettings = FederationSettings()
+    privacy: PrivacySettings = PrivacySettings()
     personal: PersonalSettings = PersonalSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     compare: CompareSettings = CompareSettings()
@@ -230,40 +226,6 @@ def load_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
         raise ConfigError(f"{path}: " + "; ".join(lines)) from error
-
-
-def commented_toml(settings: Section, title: str, unset: str = "…") -> str:
-    """The settings as TOML with their docstrings as comments; reads back as equal settings.
-
-    A key without a value is a comment, in which `unset` stands where its value would.
-    """
-    lines = [*_comment(title), *_entries(settings, unset)]
-    for name, section in settings:
-        if isinstance(section, Section):
-            lines += ["", "", *_comment(type(section).__doc__), f"[{name}]"]
-            lines += _entries(section, unset)
-    return "\n".join(lines) + "\n"
-
-
-def _entries(section: Section, unset: str) -> Iterator[str]:
-    """Lines for every key that is no section of its own."""
-    for key, value in section.model_dump(mode="json").items():
-        if not isinstance(value, dict):
-            yield from _comment(type(section).model_fields[key].description)
-            yield f"# {key} = {unset}" if value is None else f"{key} = {_toml(value)}"
-
-
-def _comment(text: str | None) -> list[str]:
-    return [f"# {line}" for line in textwrap.wrap(text or "", width=92)]
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, bool | int | float):
-        return repr(value).lower()
-    # A JSON string is a TOML string, but for one character that TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _override(table: dict[str, Any], override: str) -> None:

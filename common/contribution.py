@@ -44,7 +44,7 @@ class Contribution:
 
     sizes: Mapping[int, int]
     """{block of the full layout: numbers}, in the order of the vector."""
-    vector: Floats
+    vector: Floats | Numbers
     """(P,) clipped."""
     weights: Floats
     """(blocks,) from 0 to 1; the sum is of weight · numbers, and of weights."""

@@ -67,20 +67,23 @@ class FixedPoint:
         """Distance between two numbers that words can tell apart."""
         return self.value_range / self.levels
 
-    def encode(self, values: Floats, weight: float, rng: np.random.Generator) -> tuple[Words, int]:
+    def encode(
+        self, values: Floats | Numbers, weight: float, rng: np.random.Generator
+    ) -> tuple[Words, int]:
         """The words of `weight` · values, and how many values saturated.
 
         Args:
             values: (P,) finite.
             weight: from 0 to 1; saturation comes before weighing.
-            rng: decides which way each number is rounded.
+            rng: decides which way each number is rounded; whole numbers of steps stay.
         """
         wide = values.astype(np.float64)
         saturated = int(np.count_nonzero(np.abs(wide) > self.value_range))
         np.clip(wide, -self.value_range, self.value_range, out=wide)
         wide *= weight * self.levels / self.value_range
-        wide += rng.random(wide.size)
-        np.floor(wide, out=wide)
+        lower = np.floor(wide)
+        # Not floor(wide + random): that lifts large whole numbers now and then.
+        wide = lower + (rng.random(wide.size) < wide - lower)
         # Rounding up beyond the last level would eat headroom; it can only happen by an ulp.
         np.clip(wide, -self.levels, self.levels, out=wide)
         return _residues(wide), saturated

@@ -39,9 +39,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from proxymoe.common.config import Section
 from proxymoe.common.discrete_gaussian import Bits, Steps, sample
 from proxymoe.common.errors import ConfigError, Diverged, ProtocolError
+from proxymoe.common.section import Section
 
 Numbers = NDArray[np.float64]
 CLIP_STEPS = 1 << 20

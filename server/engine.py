@@ -49,6 +49,8 @@ class Rules:
     """Longest wait for replies; it begins again when the coordinator does."""
     patience: float = 1.0
     """After the quorum, stragglers get this share of the time that the quorum took."""
+    asking_seconds: float = 15.0
+    """Pause before those whose answers were lost on the way are asked again."""
     min_devices: int = 1
     """Fewest updates that are ever summed, whatever the quorum."""
 
@@ -178,29 +180,36 @@ class RoundEngine:
         return [name for name in self._transport.devices() if name in self._federation.members]
 
     def _collect(self, now: Round) -> None:
-        """Asks those who have not answered yet, until the round has what it needs or time is up."""
+        """Asks those who have not answered yet, until the round has what it needs or time is up.
+
+        Whose answer is lost on the way, or was on its way to a coordinator that is no more, is
+        asked again: the same task has the same answer.
+        """
         state = self._store.state(now.number, now.version)
-        arrived = self._store.updates(now.number)
-        waiting = [name for name in now.cohort if name not in arrived]
         size = min(self._federation.settings.cohort_size or len(now.cohort), len(now.cohort))
         waits = _Waiting(self._rules, self._rules.needed(size), self._clock())
+        outstanding = set(now.cohort) - self._store.updates(now.number).keys()
         if now.phase is Phase.DISTRIBUTING:
             now = self._enter(now, Phase.TRAINING)
-        outstanding = set(waiting)
-        tasks = tasks_of(self._federation, state, waiting)
-        for answer in self._transport.exchange(tasks) if tasks else ():
-            if answer is not None:
-                name, content = answer
-                if self.receive(now, name, content) is Receipt.REFUSED:
-                    outstanding.discard(name)
-                arrived = self._store.updates(now.number)
-                outstanding -= arrived.keys()
-            if now.phase is Phase.TRAINING and len(arrived) >= waits.needed:
-                now = self._enter(now, Phase.COLLECTING)
-            if not outstanding or waits.over(len(arrived), self._clock()):
+        while outstanding:
+            asked = sorted(outstanding.intersection(self._known()))
+            tasks = tasks_of(self._federation, state, asked)
+            for answer in self._transport.exchange(tasks) if tasks else ():
+                # A late reply is one to another task, and who was refused is not asked again.
+                if answer is not None and self.receive(now, *answer) is not Receipt.LATE:
+                    outstanding.discard(answer[0])
+                num_arrived = len(self._store.updates(now.number))
+                if now.phase is Phase.TRAINING and num_arrived >= waits.needed:
+                    now = self._enter(now, Phase.COLLECTING)
+                if not outstanding or waits.left(num_arrived, self._clock()) <= 0:
+                    break
+            left = waits.left(len(self._store.updates(now.number)), self._clock())
+            if not outstanding or left <= 0:
                 break
-        if len(arrived) < waits.needed:
-            reason = f"{len(arrived)} updates of {len(now.cohort)} devices, {waits.needed} needed"
+            self._pause(min(left, self._rules.asking_seconds))
+        num_arrived = len(self._store.updates(now.number))
+        if num_arrived < waits.needed:
+            reason = f"{num_arrived} updates of {len(now.cohort)} devices, {waits.needed} needed"
             self._enter(now, Phase.ABANDONED, reason=reason)
             return
         self._aggregate(now, state)
@@ -268,9 +277,9 @@ class _Waiting:
         self._until = started + rules.deadline_seconds
         self._quorum = False
 
-    def over(self, arrived: int, now: float) -> bool:
-        """Whether nobody is waited for any longer."""
+    def left(self, arrived: int, now: float) -> float:
+        """Seconds that anybody is still waited for; none are left at zero."""
         if arrived >= self.needed and not self._quorum:
             self._quorum = True
             self._until = min(self._until, now + self._rules.patience * (now - self._started))
-        return now >= self._until
+        return self._until - now

@@ -14,7 +14,7 @@ from proxymoe.common.adapter import AdapterLayout
 from proxymoe.common.contribution import Contribution
 from proxymoe.common.directory import Directory
 from proxymoe.common.errors import ConfigError, LayoutMismatch, ProtocolError
-from proxymoe.common.fixed_point import range_for, word_bits_for
+from proxymoe.common.fixed_point import FixedPoint, WordBits, range_for, word_bits_for
 from proxymoe.common.secagg import MaskClass, Terms, Threshold
 from proxymoe.common.unmasking import Coordinator
 from proxymoe.server.aggregate import BlockSum
@@ -57,7 +57,7 @@ def terms_for(
     round: int,  # noqa: A002  the word for it everywhere else, too
     attempt: int,
     base: str,
-    clip_norm: float,
+    clip_norm: float | None,
     smallest_cohort: int,
     smallest_class: int,
     threshold: Threshold = Threshold.TWO_THIRDS,
@@ -68,6 +68,8 @@ def terms_for(
     Args:
         full: layout of the full adapter.
         layouts: {device: its layout}.
+        clip_norm: largest norm of an update; None for whole numbers, which stay exact. Those are
+            noised before they are masked, and only what fits into a word bounds them.
         value_range: largest number of an update to expect, from earlier rounds; None takes what
             the clip norm implies.
 
@@ -81,9 +83,14 @@ def terms_for(
             f"{len(classes)} groups of blocks with at least {smallest_class} holders; use a larger "
             "cohort or plans that share experts"
         )
-    smallest = min(layout.size for layout in layouts.values())
-    expected = range_for(clip_norm, smallest)
-    wide = value_range or expected
+    bits: WordBits = 32
+    if clip_norm is None:
+        value_range = FixedPoint(bits, len(layouts), 1.0).levels  # so that a step is 1
+        clip_norm = value_range * max(layout.size for layout in layouts.values()) ** 0.5
+    else:
+        smallest = min(layout.size for layout in layouts.values())
+        value_range = value_range or range_for(clip_norm, smallest)
+        bits = word_bits_for(len(layouts), value_range, RESOLUTION * clip_norm / smallest**0.5)
     return Terms(
         run=run,
         round=round,
@@ -96,8 +103,8 @@ def terms_for(
         smallest_cohort=smallest_cohort,
         smallest_class=smallest_class,
         clip_norm=clip_norm,
-        value_range=wide,
-        word_bits=word_bits_for(len(layouts), wide, RESOLUTION * clip_norm / smallest**0.5),
+        value_range=value_range,
+        word_bits=bits,
     )
 
 
@@ -106,13 +113,16 @@ def contribution(
 ) -> Contribution:
     """One device's update (its own P) as it goes into the sum; `weight` is from 0 to 1.
 
+    An fp64 update keeps its precision, so that whole numbers stay whole.
+
     Raises:
         LayoutMismatch: the update is not in this layout, or the layout no part of the full one.
     """
     layout.require(update)
     sizes = {block: stop - start for block, start, stop in layout.positions_in(full)}
     weights = np.full(len(sizes), weight, dtype=np.float32)
-    return Contribution(sizes, update.float().numpy(), weights)
+    numbers = update if update.dtype == torch.float64 else update.float()
+    return Contribution(sizes, numbers.numpy(), weights)
 
 
 class SecureSum:

@@ -21,12 +21,11 @@ from proxymoe.common.config import (
     AdapterSettings,
     ExtractSettings,
     FederationSettings,
-    Section,
     TrainSettings,
-    commented_toml,
 )
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.identity import new_signing_key
+from proxymoe.common.section import Section, commented_toml
 from proxymoe.common.tickets import is_loopback, split_address
 
 if TYPE_CHECKING:
@@ -99,6 +98,8 @@ class RuleSettings(Section):
     """Longest wait for replies."""
     patience: float = Field(default=1.0, ge=0)
     """After the quorum, stragglers get this share of the time that the quorum took."""
+    asking_seconds: float = Field(default=15.0, gt=0)
+    """Pause before those whose answers were lost on the way are asked again."""
     selecting_seconds: float = Field(default=60.0, gt=0)
     """Pause between two looks for devices while there are too few."""
 

@@ -28,6 +28,7 @@ from proxymoe.simulations.federate import federate, federation_of, pool_transpor
 from proxymoe.simulations.pool import WorkerPool, result_of
 from proxymoe.simulations.run import environment, forgetting
 from proxymoe.simulations.site import Site
+from proxymoe.simulations.summing import Summing
 from proxymoe.simulations.world import Stage, World
 
 FULL: Cell = {"mode": "full", "router": None, "saliency": None, "kept_fraction": 1.0}
@@ -190,6 +191,7 @@ def _federated_cells(
             outcome = federate(
                 federation,
                 pool_transports(pool, plans),
+                Summing(federation, experiment),
                 Journal(folder / key),
                 partial(_round_done, stage, title, total),
             )

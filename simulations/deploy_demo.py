@@ -24,7 +24,12 @@ from proxymoe.simulations.deployment import Deployment, deployed
 
 ROUND_SECONDS = 600.0
 """Longest wait for a round, on a busy machine."""
-RULES = {"quorum": 1.0, "selecting_seconds": 1.0, "deadline_seconds": 300.0}
+RULES = {
+    "quorum": 1.0,
+    "selecting_seconds": 1.0,
+    "asking_seconds": 2.0,
+    "deadline_seconds": 300.0,
+}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False, width=120)
@@ -135,6 +140,7 @@ def in_process(experiment: Experiment, cache: Path) -> str:
     )
     from proxymoe.simulations.pool import WorkerPool  # noqa: PLC0415
     from proxymoe.simulations.run import cut_all  # noqa: PLC0415
+    from proxymoe.simulations.summing import Summing  # noqa: PLC0415
     from proxymoe.simulations.world import World, open_site, profile_base  # noqa: PLC0415
 
     site, base = open_site(experiment, cache)
@@ -142,7 +148,8 @@ def in_process(experiment: Experiment, cache: Path) -> str:
         world = World(site, base, profile_base(pool, base, cache, lambda *_: None))
         plans = {cut.device.name: cut.plan for cut in cut_all(world, lambda *_: None)}
         federation = federation_of(pool, plans, experiment, run=experiment.name)
-        outcome = federate(federation, pool_transports(pool, plans), None, lambda _: None)
+        summing = Summing(federation, experiment)
+        outcome = federate(federation, pool_transports(pool, plans), summing, None, lambda _: None)
     return digest_of(outcome.state.adapter.numpy().astype("<f4").tobytes())
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from proxymoe.common.config import Experiment
 from proxymoe.common.plan import Plan
-from proxymoe.server.aggregate import PlainSum
+from proxymoe.server.aggregate import Summation
 from proxymoe.server.journal import Journal, initial_state
 from proxymoe.server.round import (
     Federation,
@@ -68,6 +68,7 @@ def federation_of(
 def federate(
     federation: Federation,
     transport_of: Callable[[int], Transport],
+    summation_of: Callable[[int], Summation],
     journal: Journal | None,
     done: RoundDone,
 ) -> Outcome:
@@ -76,6 +77,7 @@ def federate(
     Args:
         federation: what stays the same over the rounds.
         transport_of: the transport for a round, by number.
+        summation_of: the same for its sum.
         journal: keeps the rounds, and knows those already done; None keeps nothing.
         done: told of every round as it ends.
     """
@@ -84,7 +86,7 @@ def federate(
     reports = journal.reports(state.round) if journal else []
     unwritten: list[RoundReport] = []
     while state.round < federation.settings.rounds:
-        summation = PlainSum(federation.layout)
+        summation = summation_of(state.round + 1)
         log.info("round %d: %s", state.round + 1, summation.notice)
         state, report = run_round(federation, state, transport_of(state.round + 1), summation)
         _log(report)

@@ -28,6 +28,7 @@ from flwr.simulation import run_simulation
 from proxymoe.client.app import client_app
 from proxymoe.client.personalize import Device
 from proxymoe.common.errors import ConfigError, ProxyMoEError
+from proxymoe.server.aggregate import Summation
 from proxymoe.server.app import server_app
 from proxymoe.server.journal import Journal
 from proxymoe.server.round import Answer, Federation, Transport
@@ -67,12 +68,13 @@ def flower_backend(site: Site) -> Federate:
     def run(
         federation: Federation,
         _: Callable[[int], Transport],
+        summation_of: Callable[[int], Summation],
         journal: Journal | None,
         done: RoundDone,
     ) -> Outcome:
         plans = {name: member.plan.digest for name, member in federation.members.items()}
         with virtual_nodes(site, plans) as transport:
-            return federate(federation, lambda _: transport, journal, done)
+            return federate(federation, lambda _: transport, summation_of, journal, done)
 
     return run
 

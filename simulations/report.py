@@ -73,6 +73,7 @@ def show(metrics: dict[str, Any], console: Console) -> None:
     console.print(table)
     summary = metrics["summary"]
     rounds = metrics["rounds"]
+    _show_protection(summary, console)
     sent = sum(r["uplink_bytes"] for r in rounds) / max(1, sum(r["num_updates"] for r in rounds))
     console.print(
         f"{len(rounds)} rounds in {summary['wall_seconds']:.0f} s, "
@@ -132,3 +133,18 @@ def _table(title: str) -> Table:
 
 def _number(value: dict[str, float] | None, key: str) -> str:
     return "–" if value is None else f"{value[key]:.3f}"
+
+
+def _show_protection(summary: dict[str, Any], console: Console) -> None:
+    privacy = summary["privacy"]
+    if summary["secure"]:
+        console.print("updates were summed under masks (experimental)")
+    if privacy["epsilon"] is not None:
+        console.print(
+            f"{privacy['mode']} privacy: epsilon {privacy['epsilon_spent']:.3g} spent of "
+            f"{privacy['epsilon']:.3g} at delta {privacy['delta']:.1g}, noise multiplier "
+            f"{privacy['noise_multiplier']:.3g}, noise {privacy['noise_to_signal']:.3g} times the "
+            "signal at best"
+        )
+    for warning in privacy["warnings"] if privacy["mode"] != "clip_only" else ():
+        console.print(f"[yellow]{warning}[/]")

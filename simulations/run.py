@@ -18,6 +18,8 @@ from proxymoe.common.loss import Quality
 from proxymoe.common.model import compute_dtype
 from proxymoe.common.peft_format import export_peft
 from proxymoe.common.plan import Plan
+from proxymoe.common.privacy import Mode
+from proxymoe.server.aggregate import Summation
 from proxymoe.server.extract import Extraction
 from proxymoe.server.journal import Journal
 from proxymoe.server.round import Federation, Transport
@@ -33,6 +35,7 @@ from proxymoe.simulations.federate import (
 )
 from proxymoe.simulations.pool import WorkerPool, result_of
 from proxymoe.simulations.site import VirtualDevice
+from proxymoe.simulations.summing import Summing
 from proxymoe.simulations.world import Stage, World
 
 log = logging.getLogger(__name__)
@@ -48,7 +51,16 @@ QUALITIES = (
 )
 """What is measured per device; on the full model unless the name says proxy."""
 
-Federate = Callable[[Federation, Callable[[int], Transport], Journal | None, RoundDone], Outcome]
+Federate = Callable[
+    [
+        Federation,
+        Callable[[int], Transport],
+        Callable[[int], Summation],
+        Journal | None,
+        RoundDone,
+    ],
+    Outcome,
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +87,13 @@ def run_experiment(
     rows = count_rows(pool, cuts)
     total = experiment.federation.rounds
     federation = federation_of(pool, plans, experiment, run=experiment.digest[:32])
+    summing = Summing(federation, experiment, folder)
+    for warning in summing.price.warnings if experiment.privacy.mode is not Mode.CLIP_ONLY else ():
+        log.warning("privacy: %s", warning)
     outcome = run_rounds(
         federation,
         pool_transports(pool, plans, first_deck(len(plans), experiment.federation.cohort_size)),
+        summing,
         Journal(folder),
         lambda report: stage("federate", report.round, total),
     )
@@ -97,6 +113,7 @@ def run_experiment(
         "rounds": outcome.reports,
         "summary": {
             **summary(devices, adapter.numpy(), pool, experiment),
+            **summing.summary(),
             "trained_parameters": world.site.layout.size,
             "full_model_bytes": world.base.num_bytes,
         },

@@ -68,13 +68,13 @@ class MaskedSum:
 
     Args:
         full: layout of the full adapter.
-        clip_norm: of every update.
+        clip_norm: of every update; None for whole numbers, see `terms_for`.
         smallest: fewest devices in a cohort and in a class.
         rng: for stochastic rounding.
     """
 
     def __init__(
-        self, full: AdapterLayout, clip_norm: float, smallest: int, rng: np.random.Generator
+        self, full: AdapterLayout, clip_norm: float | None, smallest: int, rng: np.random.Generator
     ) -> None:
         self.notice = "masked sum of simulated devices (experimental)"
         self._full, self._clip_norm, self._smallest, self._rng = full, clip_norm, smallest, rng

@@ -20,6 +20,7 @@ from proxymoe.simulations.pool import WorkerPool
 from proxymoe.simulations.report import show, write_metrics
 from proxymoe.simulations.run import Federate, run_experiment
 from proxymoe.simulations.site import Site
+from proxymoe.simulations.summing import require_summable
 from proxymoe.simulations.world import Stage, World, open_site, profile_base
 
 
@@ -28,6 +29,7 @@ def run(
 ) -> None:
     """Runs an experiment, or goes on with one; metrics, plots and adapter end up in `folder`."""
     console.print(f"[bold]{experiment.name}[/] → {folder}", highlight=False)
+    require_summable(experiment)
     started = time.monotonic()
     torch.set_num_threads(1)  # The workers have the cores; more threads here would only spin.
     site, base = open_site(experiment, cache)

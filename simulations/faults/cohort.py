@@ -14,6 +14,7 @@ from proxymoe.common.adapter import AdapterLayout, Block
 from proxymoe.common.config import FederationSettings, TrainSettings
 from proxymoe.common.messages import TrainReply, TrainTask, Vector, decode, encode
 from proxymoe.common.plan import LayerPlan, Plan
+from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.round import Answer, Federation, Member
 
 BASE = "ab" * 32
@@ -58,6 +59,11 @@ def small_federation(
         canary=canary,
         canary_limit=2.0,
     )
+
+
+def plain(federation: Federation) -> Callable[[int], PlainSum]:
+    """A plain sum for every round."""
+    return lambda _: PlainSum(federation.layout)
 
 
 def honest(

@@ -78,7 +78,8 @@ class Faulty:
         self.due: list[Receipt] = []
         """For all replies that were delivered."""
         self._fault, self._rng = fault, rng
-        self._before: tuple[str, bytes] | None = None
+        self._struck: dict[int, tuple[str, bytes]] = {}
+        """By round; what is lost is asked for again."""
 
     def devices(self) -> list[str]:
         """See `server.round.Transport`."""
@@ -89,8 +90,8 @@ class Faulty:
         number = decode(next(iter(tasks.values())))[0].round
         struck = sorted(tasks)[number % len(tasks)]
         reply = honest(tasks[struck])
-        sight = Sight(struck, tasks[struck], reply, self._before, self._rng)
-        self._before = struck, reply
+        sight = Sight(struck, tasks[struck], reply, self._struck.get(number - 1), self._rng)
+        self._struck[number] = struck, reply
         # Never in the order of names, in which the engine adds.
         others = [] if self._fault.alone else sorted(tasks.keys() - {struck}, reverse=True)
         honestly = [(name, honest(tasks[name]), ACCEPTED) for name in others]

@@ -293,3 +293,60 @@ def test_vectors_of_a_round_that_is_over_are_deleted_and_digests_stay(tmp_path):
 def test_checks_now_and_then_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"canary_every is 2; .* set it to 1"):
         engine_of(tmp_path, small_federation(canary_every=2))
+
+
+@pytest.mark.parametrize("lost", [1, 2, 5])
+def test_whose_answer_is_lost_is_asked_again_with_the_same_task(tmp_path, lost):
+    clock, federation, sent = Clock(), small_federation(rounds=2), list[bytes]()
+
+    class Lossy(InMemory):
+        def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[Answer]:
+            for answer in super().exchange(tasks):
+                if answer is not None and answer[0] == "b" and len(sent) < lost:
+                    sent.append(tasks["b"])
+                else:
+                    yield answer
+
+    rules = Rules(quorum=1.0, asking_seconds=7.0)
+    found = engine_of(tmp_path, federation, Lossy(), rules, clock=clock).run()
+    assert torch.equal(found.adapter, in_process(federation, 2).adapter)
+    assert len(sent) == lost
+    assert len(set(sent)) == 1
+    assert clock.now == 7.0 * lost
+
+
+def test_a_restarted_coordinator_asks_who_is_there_before_it_asks_again(tmp_path):
+    federation = small_federation(rounds=1)
+
+    class Unmet(InMemory):
+        """Like a grid: only devices that were met can be reached."""
+
+        met: tuple[str, ...] = ()
+
+        def devices(self) -> list[str]:
+            self.met = tuple(super().devices())
+            return list(self.met)
+
+        def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[Answer]:
+            reached = {name: task for name, task in tasks.items() if name in self.met}
+            yield from super().exchange(reached)
+
+    def dies(now):
+        if now.phase is Phase.TRAINING:
+            raise Killed
+
+    with pytest.raises(Killed):
+        engine_of(tmp_path, federation, Unmet(), passed=dies).run()
+    clock = Clock()
+    found = engine_of(tmp_path, federation, Unmet(), clock=clock).run()
+    assert clock.now == 0.0
+    assert torch.equal(found.adapter, in_process(federation, 1).adapter)
+
+
+def test_who_never_answers_is_asked_until_the_deadline_and_not_after(tmp_path):
+    clock, federation = Clock(), small_federation(rounds=1)
+    rules = Rules(quorum=1.0, asking_seconds=25.0, deadline_seconds=60.0)
+    engine_of(tmp_path, federation, InMemory(answers={"a": None}), rules, clock=clock).run()
+    assert clock.now == 60.0
+    (only,) = RoundStore(tmp_path, federation.run, SIZE).rounds()
+    assert only.phase is Phase.ABANDONED

@@ -16,6 +16,7 @@ from proxymoe.common.text import packed_batches, tokenise
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.journal import Journal, initial_state
 from proxymoe.server.round import Answer, Federation, FederationState, Member, RoundReport
+from proxymoe.simulations.faults.cohort import plain
 from proxymoe.simulations.federate import federate
 
 KEPT = {"bath": (0, 1, 2, 3), "den": (2, 3, 4, 5), "loft": (0, 2, 5, 7)}
@@ -90,7 +91,7 @@ def run(
 
     federation = household.federation(rounds, canary_every)
     try:
-        state = federate(federation, lambda _: household, journal, done).state
+        state = federate(federation, lambda _: household, plain(federation), journal, done).state
     except KeyboardInterrupt:
         state = journal.latest(household.layout.size)
     return state, reports

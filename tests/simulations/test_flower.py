@@ -17,7 +17,7 @@ from proxymoe.common.files import digest_of
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.journal import Journal, initial_state
 from proxymoe.server.round import RoundReport, run_round
-from proxymoe.simulations.faults.cohort import InMemory, small_federation
+from proxymoe.simulations.faults.cohort import InMemory, plain, small_federation
 from proxymoe.simulations.federate import federate, federation_of, pool_transports
 from proxymoe.simulations.flower import Complete, flower_backend, virtual_nodes
 from proxymoe.simulations.pool import WorkerPool
@@ -102,10 +102,14 @@ def test_silence_of_a_virtual_device_is_an_error_that_names_it():
 def test_two_rounds_end_in_the_same_bits_as_in_process(pool_and_federation, tmp_path, empty):
     pool, federation = pool_and_federation
     plans = {name: member.plan for name, member in federation.members.items()}
-    local = federate(federation, pool_transports(pool, plans), None, lambda _: None)
+    local = federate(
+        federation, pool_transports(pool, plans), plain(federation), None, lambda _: None
+    )
     rounds: list[RoundReport] = []
     journal = Journal(tmp_path)
-    flower = flower_backend(pool.site)(federation, nowhere, journal, rounds.append)
+    flower = flower_backend(pool.site)(
+        federation, nowhere, plain(federation), journal, rounds.append
+    )
 
     digests = [digest_of(end.state.adapter.numpy().tobytes()) for end in (local, flower)]
     print(digests)  # noqa: T201  the acceptance criterion, for eyes
@@ -144,7 +148,7 @@ def test_what_a_round_raises_reaches_the_caller(pool_and_federation, empty):
 
     federation = dataclasses.replace(federation, canary=canary)
     with pytest.raises(ValueError, match="the canary died"):
-        flower_backend(pool.site)(federation, nowhere, None, lambda _: None)
+        flower_backend(pool.site)(federation, nowhere, plain(federation), None, lambda _: None)
 
 
 @pytest.mark.flower
