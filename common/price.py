@@ -121,6 +121,17 @@ def price(
     )
 
 
+def unkept(settings: PrivacySettings, *modes: Mode) -> str:
+    """Why rounds with dealt cohorts, a fixed clip norm and these modes cannot keep it, or ""."""
+    if settings.mode in modes and settings.sampling == "none" and not settings.adaptive:
+        return ""
+    return (
+        f"privacy.mode {settings.mode}, sampling {settings.sampling}, adaptive "
+        f"{settings.adaptive}: cohorts are dealt here, the clip norm is fixed, and modes are "
+        f"{', '.join(modes)}"
+    )
+
+
 def _noise_to_signal(mechanism: Mechanism, spans: Sequence[Span]) -> float:
     """Expected norm of the noise in the mean update, in units of the clip norm."""
     everybody_adds = mechanism.mode in (Mode.LOCAL, Mode.DISTRIBUTED)

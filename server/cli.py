@@ -171,6 +171,36 @@ def show_status(directory: Directory, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def privacy(
+    directory: Directory,
+    epsilon: Annotated[
+        list[float] | None,
+        typer.Option(help="What to promise, in place of [privacy]; may be repeated."),
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="Goes with --epsilon.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Says what differential privacy would promise and cost, before a run."""
+    with _told():
+        from proxymoe.server.planner import Planner  # noqa: PLC0415  imports torch
+        from proxymoe.server.promise import promised, smaller, thought_about  # noqa: PLC0415
+
+        run = _run(directory)
+        planner = Planner(run)
+        others, members = smaller(run.settings, planner.base), planner.members()
+        found = [
+            promised(run.settings, each, planner.layout, members, others)
+            for each in thought_about(run.settings.privacy, epsilon or [], delta)
+        ]
+        if as_json:
+            typer.echo(json.dumps([tables.price_fields(each) for each in found], indent=1))
+            return
+        console.print(tables.price_table(found))
+        for line in tables.advice(found, planner.layout.size):
+            console.print(line)
+
+
+@app.command()
 def rollback(
     directory: Directory,
     version: Annotated[int, typer.Argument(help="A committed version; 0 is before the first.")],

@@ -16,7 +16,7 @@ from enum import StrEnum
 
 import torch
 
-from proxymoe.common.errors import ConfigError, ProtocolError
+from proxymoe.common.errors import ConfigError, PrivacySpent, ProtocolError
 from proxymoe.common.files import digest_of
 from proxymoe.common.messages import decode
 from proxymoe.server.aggregate import Summation
@@ -79,7 +79,7 @@ class RoundEngine:
         federation: what stays the same over the rounds; its canary reads every candidate.
         store: what has happened so far.
         transport: carries bytes to devices and back.
-        summation_of: a fresh sum for a round.
+        summation_of: a fresh sum for a round, by its number.
         rules: see `Rules`.
         clock: seconds on a clock that nobody sets.
         pause: waits for that many seconds; it may raise, which ends the run where it stands.
@@ -91,7 +91,7 @@ class RoundEngine:
         federation: Federation,
         store: RoundStore,
         transport: Transport,
-        summation_of: Callable[[], Summation],
+        summation_of: Callable[[int], Summation],
         rules: Rules,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
@@ -215,13 +215,18 @@ class RoundEngine:
         self._aggregate(now, state)
 
     def _aggregate(self, now: Round, state: FederationState) -> None:
-        summation = self._summation_of()
+        summation = self._summation_of(now.number)
         log.info("round %d: %s", now.number, summation.notice)
         for name in sorted(self._store.updates(now.number)):
             layout = self._federation.members[name].layout
             found = accept(self._federation, now.number, name, self._store.update(now.number, name))
             summation.add(name, layout, torch.from_numpy(found.vector), weight=1.0)
-        candidate = candidate_of(self._federation, state, summation.sum())
+        try:
+            total = summation.sum()
+        except PrivacySpent as error:
+            self._enter(now, Phase.ABANDONED, reason=str(error))
+            return
+        candidate = candidate_of(self._federation, state, total)
         self._store.keep_candidate(now.number, candidate)
         self._enter(now, Phase.AGGREGATED)
 

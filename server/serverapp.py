@@ -24,13 +24,13 @@ from proxymoe.common.files import digest_of, write_json
 from proxymoe.common.identity import key_digest
 from proxymoe.common.messages import decode
 from proxymoe.common.tickets import Ticket, issue_ticket
-from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.app import GridTransport
 from proxymoe.server.devices import Devices
 from proxymoe.server.engine import RoundEngine
 from proxymoe.server.flower import COORDINATOR
 from proxymoe.server.lock import held
 from proxymoe.server.planner import Planner
+from proxymoe.server.promise import summations
 from proxymoe.server.round import Federation
 from proxymoe.server.settings import RunDirectory
 from proxymoe.server.status import engine_file, engine_lock
@@ -72,7 +72,7 @@ def run_rounds(run: RunDirectory, grid: Grid) -> None:
             ticket_of=ticketing(run, federation, store),
         )
         engine = RoundEngine(
-            federation, store, transport, lambda: PlainSum(federation.layout), rules
+            federation, store, transport, summations(settings, federation, store), rules
         )
         engine.run()
 

@@ -25,6 +25,8 @@ from proxymoe.common.config import (
 )
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.identity import new_signing_key
+from proxymoe.common.price import unkept
+from proxymoe.common.privacy import Mode, PrivacySettings
 from proxymoe.common.section import Section, commented_toml
 from proxymoe.common.tickets import is_loopback, split_address
 
@@ -156,6 +158,7 @@ class CoordinatorSettings(Section):
     adapter: AdapterSettings = AdapterSettings()
     train: TrainSettings = TrainSettings()
     federation: FederationSettings = FederationSettings()
+    privacy: PrivacySettings = PrivacySettings()
     rules: RuleSettings = RuleSettings()
     network: NetworkSettings = NetworkSettings()
     blobs: BlobSettings = BlobSettings()
@@ -167,6 +170,8 @@ class CoordinatorSettings(Section):
                 f"federation.canary_every is {every}; a coordinator commits every round, so every "
                 "candidate is checked: set it to 1"
             )
+        if told := unkept(self.privacy, Mode.CLIP_ONLY, Mode.CENTRAL):
+            raise ValueError(told)
         asked, fewest = self.federation.cohort_size, self.rules.min_devices
         if asked is not None and asked < fewest:
             raise ValueError(f"federation.cohort_size {asked} is below rules.min_devices {fewest}")

@@ -18,7 +18,7 @@ from typing import Any
 from proxymoe.common.checkpoint import read_tensors, write_tensors
 from proxymoe.common.errors import CheckpointError, ConfigError, IntegrityError
 from proxymoe.common.files import digest_of, write_bytes
-from proxymoe.server import audit
+from proxymoe.server import audit, spending
 from proxymoe.server.journal import initial_state
 from proxymoe.server.round import Candidate, FederationState
 from proxymoe.server.strategy import StrategyState
@@ -104,7 +104,7 @@ class RoundStore:
         self.database = sqlite3.connect(folder / "state.db", BUSY_SECONDS, isolation_level=None)
         self.database.execute("PRAGMA journal_mode = WAL")
         self.database.execute("PRAGMA synchronous = FULL")
-        self.database.executescript(SCHEMA + audit.SCHEMA)
+        self.database.executescript(SCHEMA + audit.SCHEMA + spending.SCHEMA)
         for key, value in {"run": run, "size": str(size), "version": "0"}.items():
             self.database.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (key, value))
         for key, wanted in {"run": run, "size": str(size)}.items():

@@ -1,11 +1,13 @@
 """What the command line shows, as rich tables and lines."""
 
+import math
 import time
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
+from proxymoe.common.price import Price
 from proxymoe.server.devices import DeviceEntry
 from proxymoe.server.settings import RunDirectory
 from proxymoe.server.status import Rounds, Status, word_of
@@ -55,6 +57,50 @@ def status_table(found: Status) -> Table:
         table.add_row(f"devices {standing}", str(count))
     table.add_row("disk", f"{found.run_bytes >> 20} MiB here, {found.free_bytes >> 20} MiB free")
     return table
+
+
+def price_table(found: list[Price]) -> Table:
+    """What privacy costs: one line per promise."""
+    table = Table("epsilon", "delta", "mode", "rounds", "noise z", "noise : signal", "devices")
+    for each in found:
+        table.add_row(
+            "none" if math.isinf(each.epsilon) else f"{each.epsilon:.3g}",
+            f"{each.delta:.1g}",
+            each.mode.value,
+            str(each.participations),
+            f"{each.noise_multiplier:.3g}",
+            f"{each.noise_to_signal:.3g}",
+            f"{each.devices_needed:,}",
+        )
+    table.caption = (
+        "Epsilon holds for a device that is in every round. Above a noise-to-signal ratio of 1 "
+        "the run is in vain; `devices` is the smallest cohort that reaches 1."
+    )
+    return table
+
+
+def advice(found: list[Price], size: int) -> list[str]:
+    """What would make each promise useful, and what is wrong with it."""
+    lines = []
+    for each in found:
+        what = f"epsilon {each.epsilon:.3g}"
+        lines += [f"[yellow]{what}:[/] {warning}" for warning in each.warnings]
+        if each.noise_to_signal <= 1:
+            continue
+        best = each.advice
+        smaller = f"{best.name} ({best.size:,})" if best else "none of the smaller adapters here"
+        lines.append(
+            f"{what}: with this cohort an adapter may have {each.largest_size:,} numbers, this one "
+            f"has {size:,}; useful would be {smaller}"
+        )
+    return lines
+
+
+def price_fields(found: Price) -> dict[str, Any]:
+    """One promise for JSON; an infinite epsilon is null."""
+    epsilon = found.epsilon if math.isfinite(found.epsilon) else None
+    useful = {"noise_to_signal": found.noise_to_signal}
+    return asdict(found) | useful | {"mode": found.mode.value, "epsilon": epsilon}
 
 
 def device_table(entries: list[DeviceEntry]) -> Table:

@@ -10,43 +10,36 @@ import contextlib
 import math
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from proxymoe.common.accounting import epsilon_of
-from proxymoe.common.adapter import AdapterLayout
 from proxymoe.common.config import Experiment
-from proxymoe.common.errors import ConfigError, ProtocolError
+from proxymoe.common.errors import ConfigError
 from proxymoe.common.fixed_point import FixedPoint
-from proxymoe.common.price import Price, price
-from proxymoe.common.privacy import CLIP_STEPS, Mechanism, Mode, Protected, Span
+from proxymoe.common.price import Price, price, unkept
+from proxymoe.common.privacy import CLIP_STEPS, Mode, Span
 from proxymoe.server import spending
-from proxymoe.server.aggregate import BlockSum, PlainSum, Summation
+from proxymoe.server.aggregate import PlainSum, Summation
+from proxymoe.server.private_sum import PrivateSum, budget_of, release_of
 from proxymoe.server.round import Federation
 from proxymoe.simulations.secure import MaskedSum
 
 SPENT = "privacy.db"
 NOISE_RANGE = 12.0
 """Noise beyond so many standard deviations is never drawn."""
-ATTEMPT = 0
-"""A simulated round has one; a release that is asked for again is the same one."""
 
 
 def require_summable(experiment: Experiment) -> None:
     """Raises ConfigError if the experiment wants sums that a simulation cannot make."""
-    privacy, asked = experiment.privacy, experiment.federation.cohort_size
-    if privacy.sampling != "none" or privacy.adaptive:
-        raise ConfigError(
-            "privacy.sampling and privacy.adaptive: simulated rounds deal their cohorts and keep "
-            'their clip norm; leave them at "none" and false'
-        )
+    if told := unkept(experiment.privacy, *Mode):
+        raise ConfigError(told)
+    asked = experiment.federation.cohort_size
     size = min(filter(None, (asked, sum(len(group.names) for group in experiment.devices))))
     if experiment.secure and size < experiment.smallest_sum:
         raise ConfigError(
@@ -131,91 +124,19 @@ class Summing:
     def _spend(self, number: int, names: Iterable[str]) -> None:
         if self.records is None:
             return
-        settings = self.experiment.privacy
-        release = spending.Release(
+        release = release_of(
+            self.experiment.privacy,
             run=self.federation.run,
-            round=number,
-            attempt=ATTEMPT,
-            mode=settings.mode.value,
+            number=number,
             clip_norm=self.federation.settings.clip_norm,
             noise_multiplier=self.price.noise_multiplier,
-            devices=tuple(sorted(names)),
+            devices=names,
         )
-        budget = spending.Budget(settings.epsilon or math.inf, settings.delta, settings.accountant)
         with self._database() as database, database:
-            spending.reserve(database, time.time(), release, budget)
+            spending.reserve(database, time.time(), release, budget_of(self.experiment.privacy))
 
     def _database(self) -> contextlib.closing[sqlite3.Connection]:
         assert self.records is not None
         database = sqlite3.connect(self.records / SPENT)
         database.executescript(spending.SCHEMA)
         return contextlib.closing(database)
-
-
-class PrivateSum:
-    """A `Summation` of updates that are put on the grid and noised as `privacy` says.
-
-    Args:
-        full: layout of the full adapter.
-        mechanism: of the round.
-        inner: adds whole numbers of grid steps, exactly.
-        bits: random bytes.
-        spend: told whose updates are about to be released; may refuse.
-    """
-
-    def __init__(
-        self,
-        full: AdapterLayout,
-        mechanism: Mechanism,
-        inner: Summation,
-        bits: Callable[[int], bytes],
-        spend: Callable[[Iterable[str]], None] = lambda _: None,
-    ) -> None:
-        self.notice = f"{inner.notice}; {mechanism.mode} noise of {mechanism.update_noise:.3g} C"
-        self._full, self._mechanism, self._inner = full, mechanism, inner
-        self._bits, self._spend = bits, spend
-        self._added: dict[str, tuple[AdapterLayout, Tensor]] = {}
-
-    def add(self, device: str, layout: AdapterLayout, update: Tensor, weight: float) -> None:
-        """See `Summation.add`; all weights are 1, for a larger one would buy influence."""
-        layout.require(update)
-        if device in self._added:
-            raise ProtocolError(f"second update of device {device!r} in one round")
-        if weight != 1.0:
-            raise ConfigError(f"weight {weight} of a private update; all devices weigh 1")
-        self._added[device] = layout, update
-
-    def sum(self) -> BlockSum:
-        """See `Summation.sum`; what the price of this is, is on record before it is drawn.
-
-        Raises:
-            PrivacySpent: a device would spend more than it was promised.
-        """
-        self._spend(self._added)
-        count = len(self._added)
-        held = {n: layout.positions_in(self._full) for n, (layout, _) in self._added.items()}
-        holders = np.zeros(len(self._full.blocks), dtype=np.int64)
-        for places in held.values():
-            holders[[block for block, _, _ in places]] += 1
-        for name in sorted(self._added):
-            layout, update = self._added[name]
-            spans = [Span(end - start, int(holders[block])) for block, start, end in held[name]]
-            mine = self._mechanism.protect(update.numpy(), self._bits, spans, count)
-            self._inner.add(name, layout, torch.from_numpy(mine.steps.astype(np.float64)), 1.0)
-        return self._released(self._inner.sum(), holders)
-
-    def _released(self, found: BlockSum, holders: np.ndarray) -> BlockSum:
-        sizes, count = self._full.sizes, len(self._added)
-        weight = found.weight.round()
-        released = self._mechanism.release(
-            Protected(np.rint(found.total.numpy()).astype(np.int64), None),
-            self._bits,
-            [Span(size, int(n)) for size, n in zip(sizes, holders, strict=True)],
-            [Span(size, int(n)) for size, n in zip(sizes, weight.tolist(), strict=True)],
-            count,
-            found.num_devices,
-        )
-        weight[list(released.withheld)] = 0.0
-        # Where nobody's update went in there is no mean, and noise alone would not be one.
-        known = (weight > 0).repeat_interleave(torch.tensor(sizes))
-        return replace(found, total=torch.from_numpy(released.total) * known, weight=weight)

@@ -19,10 +19,9 @@ from proxymoe.common.tickets import (
     parse_token,
     verify_ticket,
 )
-from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.engine import RoundEngine
 from proxymoe.server.store import Phase, RoundStore
-from proxymoe.simulations.faults.cohort import InMemory
+from proxymoe.simulations.faults.cohort import InMemory, plain
 from proxymoe.simulations.faults.law import Law
 from proxymoe.simulations.faults.messages import RULES, Clock, rounds_of
 from proxymoe.simulations.faults.report import Ground, Scenario
@@ -56,7 +55,7 @@ def deadlines(ground: Ground) -> Iterator[str]:
             federation, folder = federation_of(), ground.folder()
             law, clock = Law(federation, folder), Jumping(seconds, every)
             store = RoundStore(folder, federation.run, federation.layout.size)
-            summation = partial(PlainSum, federation.layout)
+            summation = plain(federation)
             engine = RoundEngine(
                 federation, store, InMemory(), summation, RULES, clock=clock, pause=clock.wait
             )
@@ -73,7 +72,7 @@ def wall_clock(ground: Ground) -> Iterator[str]:
         federation, folder = federation_of(), ground.folder()
         law, clock = Law(federation, folder), Clock()
         store = RoundStore(folder, federation.run, federation.layout.size)
-        summation = partial(PlainSum, federation.layout)
+        summation = plain(federation)
         engine = RoundEngine(
             federation, store, InMemory(), summation, RULES, clock=clock, pause=clock.wait
         )

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from proxymoe.common.messages import Refusal, decode, encode
-from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.engine import Receipt, RoundEngine, Rules
 from proxymoe.server.round import Answer
 from proxymoe.server.store import Phase, Round, RoundStore
-from proxymoe.simulations.faults.cohort import honest
+from proxymoe.simulations.faults.cohort import honest, plain
 from proxymoe.simulations.faults.law import Law, other
 from proxymoe.simulations.faults.report import Ground, Scenario
 from proxymoe.simulations.faults.rounds import federation_of, undisturbed
@@ -118,7 +117,7 @@ def strike(faults: Sequence[Fault], ground: Ground) -> Iterator[str]:
         federation, folder = federation_of(), ground.folder()
         law, transport = Law(federation, folder), Faulty(fault, ground.rng)
         store = RoundStore(folder, federation.run, federation.layout.size)
-        summation = partial(PlainSum, federation.layout)
+        summation = plain(federation)
         clock = Clock()
         engine = WatchedEngine(
             federation, store, transport, summation, RULES, clock=clock, pause=clock.wait

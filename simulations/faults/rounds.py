@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.engine import RoundEngine, Rules
 from proxymoe.server.round import FederationState
 from proxymoe.server.store import Round, RoundStore
 from proxymoe.simulations.faults.children import Child, Tell, steps_of
-from proxymoe.simulations.faults.cohort import InMemory, small_federation
+from proxymoe.simulations.faults.cohort import InMemory, plain, small_federation
 from proxymoe.simulations.faults.law import Law
 from proxymoe.simulations.faults.report import Ground, Scenario
 
@@ -40,7 +39,7 @@ def coordinate(tell: Tell, folder: Path, last: int = 0) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     store = RoundStore(folder, federation.run, federation.layout.size)
-    summation = partial(PlainSum, federation.layout)
+    summation = plain(federation)
     engine = RoundEngine(federation, store, InMemory(), summation, Rules(quorum=1.0), passed=passed)
     tell("running")
     engine.run()

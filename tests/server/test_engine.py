@@ -16,7 +16,7 @@ from proxymoe.server.engine import Receipt, RoundEngine, Rules
 from proxymoe.server.journal import initial_state
 from proxymoe.server.round import Answer, run_round
 from proxymoe.server.store import Phase, RoundStore
-from proxymoe.simulations.faults.cohort import InMemory, honest, small_federation
+from proxymoe.simulations.faults.cohort import InMemory, honest, plain, small_federation
 
 SIZE = small_federation().layout.size
 RULES = Rules(quorum=1.0)
@@ -45,7 +45,7 @@ def engine_of(folder, federation, transport=None, rules=RULES, **arguments):
         federation,
         RoundStore(folder, federation.run, federation.layout.size),
         transport or InMemory(),
-        lambda: PlainSum(federation.layout),
+        plain(federation),
         rules,
         clock=clock,
         pause=clock.wait,

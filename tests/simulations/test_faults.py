@@ -2,7 +2,6 @@
 
 import io
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -63,7 +62,7 @@ def test_an_update_that_counts_twice_is_seen(tmp_path):
         federation,
         store_of(tmp_path),
         InMemory(),
-        partial(Twice, federation.layout),
+        lambda _: Twice(federation.layout),
         Rules(quorum=1.0),
     )
     engine.run()

@@ -15,6 +15,7 @@ from proxymoe.common.errors import ConfigError, PrivacySpent
 from proxymoe.common.privacy import Mechanism, Mode
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.journal import initial_state
+from proxymoe.server.private_sum import PrivateSum
 from proxymoe.server.round import run_round
 from proxymoe.server.spending import exposures
 from proxymoe.simulations.faults.cohort import (
@@ -26,7 +27,7 @@ from proxymoe.simulations.faults.cohort import (
 )
 from proxymoe.simulations.federate import federate
 from proxymoe.simulations.secure import MaskedSum
-from proxymoe.simulations.summing import SPENT, PrivateSum, Summing, require_summable
+from proxymoe.simulations.summing import SPENT, Summing, require_summable
 
 FULL = small_layout()
 PLANS = {"a": small_plan(0, 1), "b": small_plan(1, 2), "c": small_plan(0, 1, 2)}
@@ -189,9 +190,9 @@ def test_plain_is_what_it_was():
     [
         (
             {"privacy": {"mode": "central", "epsilon": 1.0, "sampling": "poisson"}},
-            "privacy.sampling",
+            "sampling poisson",
         ),
-        ({"privacy": {"adaptive": True}}, "privacy.adaptive"),
+        ({"privacy": {"adaptive": True}}, "adaptive True"),
         (
             {"secure": True, "smallest_sum": 3, "federation": {"cohort_size": 2}},
             "secure sums over 2 devices: smallest_sum is 3",

@@ -1,0 +1,124 @@
+"""A coordinator's promise: priced before, on record before it is spent, and kept."""
+
+import math
+
+import pytest
+import torch
+
+from proxymoe.common.config import FederationSettings
+from proxymoe.common.errors import ConfigError
+from proxymoe.common.privacy import Mode, PrivacySettings
+from proxymoe.server import audit, tables
+from proxymoe.server.engine import RoundEngine, Rules
+from proxymoe.server.promise import promised, summations, thought_about
+from proxymoe.server.settings import CoordinatorSettings
+from proxymoe.server.spending import exposures
+from proxymoe.server.store import Phase, RoundStore
+from proxymoe.simulations.faults.cohort import InMemory, small_federation
+
+CENTRAL = PrivacySettings(mode=Mode.CENTRAL, epsilon=8.0, delta=1e-3)
+
+
+def settings_of(federation, privacy):
+    return CoordinatorSettings(
+        run="run",
+        base_model="base",
+        calibration="text",
+        federation=FederationSettings(**federation.settings.model_dump()),
+        privacy=privacy,
+    )
+
+
+def engine_of(folder, federation, privacy):
+    store = RoundStore(folder, federation.run, federation.layout.size)
+    made = summations(settings_of(federation, privacy), federation, store)
+    return store, RoundEngine(federation, store, InMemory(), made, Rules(quorum=1.0))
+
+
+def test_rounds_with_noise_spend_what_was_promised_and_say_so(tmp_path):
+    federation = small_federation()
+    store, engine = engine_of(tmp_path, federation, CENTRAL)
+    first = engine.run()
+    spent = exposures(store.database)
+    price = promised(
+        settings_of(federation, CENTRAL), CENTRAL, federation.layout, federation.members
+    )
+    assert price.participations == 4
+    assert 7.9 < price.epsilon <= 8.0
+    assert set(spent) == {"a", "b", "c"}
+    each = 4 * price.noise_multiplier**-2
+    assert [e.inverse_squares for e in spent.values()] == pytest.approx([each] * 3)
+    entries = [e.body for e in audit.entries(store.database) if e.event == "privacy"]
+    assert [entry["round"] for entry in entries] == [1, 2, 3, 4]
+    # Its noise comes from the operating system: no two runs are the same.
+    _, other = engine_of(tmp_path / "again", federation, CENTRAL)
+    assert not torch.equal(first.adapter, other.run().adapter)
+
+
+def test_without_a_promise_nothing_is_on_record(tmp_path):
+    store, engine = engine_of(tmp_path, small_federation(), PrivacySettings())
+    engine.run()
+    assert exposures(store.database) == {}
+
+
+def test_a_round_beyond_the_promise_is_abandoned_and_shows_nothing(tmp_path):
+    federation = small_federation(rounds=2)
+    store, engine = engine_of(tmp_path, federation, CENTRAL)
+    before = engine.run()
+    store.close()
+    # An operator who lets the run go on for longer cannot take back the noise that was too little.
+    longer = small_federation(rounds=4)
+    store, engine = engine_of(tmp_path, longer, CENTRAL)
+    after = engine.run()
+    ended = [now.phase for now in store.rounds()]
+    assert ended == [Phase.COMMITTED] * 2 + [Phase.ABANDONED] * 2
+    assert "promised" in (store.rounds()[2].reason or "")
+    assert torch.equal(after.adapter, before.adapter)
+
+
+def test_blocks_that_few_hold_are_noisier():
+    federation = small_federation()
+    settings = settings_of(federation, CENTRAL)
+    alone = promised(settings, CENTRAL, federation.layout, {})
+    held = promised(settings, CENTRAL, federation.layout, federation.members)
+    one = {"a": federation.members["a"]}
+    single = promised(settings, CENTRAL, federation.layout, one)
+    assert held.noise_to_signal > alone.noise_to_signal / 3
+    assert single.devices_needed >= 1
+    assert held.epsilon == alone.epsilon
+
+
+def test_the_table_names_the_price_and_what_would_help():
+    federation = small_federation()
+    settings = settings_of(federation, CENTRAL)
+    found = [
+        promised(settings, each, federation.layout, {}, {"tiny": 1, "small": 50})
+        for each in [*thought_about(CENTRAL, [2.0, 1e3], 1e-5), PrivacySettings()]
+    ]
+    assert [each.epsilon for each in found[:2]] == [
+        pytest.approx(2, 2e-3),
+        pytest.approx(1e3, 2e-3),
+    ]
+    assert math.isinf(found[2].epsilon)
+    table = tables.price_table(found)
+    assert table.row_count == 3
+    lines = "\n".join(tables.advice(found, federation.layout.size))
+    assert "epsilon 2: with this cohort an adapter may have" in lines
+    assert f"this one has {federation.layout.size:,}" in lines
+    fields = tables.price_fields(found[2])
+    assert fields["epsilon"] is None
+    assert fields["mode"] == "clip_only"
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(-1.0, None), (1.0, 2.0), (math.nan, None)])
+def test_promises_that_mean_nothing_are_refused(epsilon, delta):
+    with pytest.raises(ConfigError, match="--epsilon and --delta"):
+        thought_about(PrivacySettings(), [epsilon], delta)
+
+
+@pytest.mark.parametrize("mode", ["distributed", "local"])
+def test_noise_that_devices_do_not_add_yet_is_refused(mode):
+    with pytest.raises(ValueError, match=rf"privacy.mode {mode}, .* modes are clip_only, central"):
+        settings_of(small_federation(), PrivacySettings(mode=mode, epsilon=1.0))
+    with pytest.raises(ValueError, match=r"adaptive True: cohorts are dealt here"):
+        settings_of(small_federation(), PrivacySettings(adaptive=True))
