@@ -10,7 +10,15 @@ from proxymoe.common.config import Experiment, load_experiment
 from proxymoe.common.errors import ConfigError
 from proxymoe.server.settings import CoordinatorSettings
 
-SHARED = ("calibration_tokens", "seed", "extract", "adapter", "train", "federation")
+SHARED = (
+    "calibration_tokens",
+    "seed",
+    "extract",
+    "adapter",
+    "train",
+    "federation",
+    "privacy",
+)
 """What an experiment and a coordinator both have."""
 HERE = ("localhost", "127.0.0.1")
 """The server certificate is for this machine, too: Flower's processes check it on loopback."""

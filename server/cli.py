@@ -178,6 +178,9 @@ def privacy(
         typer.Option(help="What to promise, in place of [privacy]; may be repeated."),
     ] = None,
     delta: Annotated[float | None, typer.Option(help="Goes with --epsilon.")] = None,
+    cohort: Annotated[
+        int | None, typer.Option("--devices", min=1, help="With so many devices in each round.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Says what differential privacy would promise and cost, before a run."""
@@ -189,7 +192,7 @@ def privacy(
         planner = Planner(run)
         others, members = smaller(run.settings, planner.base), planner.members()
         found = [
-            promised(run.settings, each, planner.layout, members, others)
+            promised(run.settings, each, planner.layout, members, others, cohort)
             for each in thought_about(run.settings.privacy, epsilon or [], delta)
         ]
         if as_json:

@@ -31,6 +31,7 @@ def promised(
     layout: AdapterLayout,
     members: Mapping[str, Member],
     adapters: Mapping[str, int] | None = None,
+    cohort: int | None = None,
 ) -> Price:
     """What a whole run costs a device, and what its noise does to learning.
 
@@ -40,11 +41,12 @@ def promised(
         layout: of the full adapter.
         members: who holds what; with nobody there, everybody is taken to hold everything.
         adapters: {name: numbers} of other adapters; see `smaller`.
+        cohort: devices per round, if another number is thought about.
 
     Raises:
         ConfigError: an epsilon out of reach, or `dp-accounting` is not installed.
     """
-    cohort = settings.federation.cohort_size or max(1, len(members))
+    cohort = cohort or settings.federation.cohort_size or max(1, len(members))
     return price(
         privacy,
         rounds=settings.federation.rounds,
@@ -129,7 +131,7 @@ def _spans(layout: AdapterLayout, members: Mapping[str, Member], cohort: int) ->
     for member in members.values():
         for block, _, _ in member.layout.positions_in(layout):
             holders[block] += 1
-    share = cohort / len(members)
+    share = cohort / len(members)  # above 1 for a fleet that is only thought about
     return [
         Span(size, min(cohort, max(1, round(share * count))))
         for size, count in zip(layout.sizes, holders, strict=True)

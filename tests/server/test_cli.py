@@ -55,7 +55,7 @@ def test_init_takes_over_what_an_experiment_shares_with_a_coordinator(call, tmp_
     assert call("init", tmp_path / "d", *GIVEN, "--config", path)[0] == 0
     experiment, settings = load_experiment(path), RunDirectory(tmp_path / "d").settings
     assert settings.run == "default"
-    for shared in ("seed", "calibration_tokens", "extract", "adapter", "train"):
+    for shared in ("seed", "calibration_tokens", "extract", "adapter", "train", "privacy"):
         assert getattr(settings, shared) == getattr(experiment, shared)
     every_round = {"canary_every": 1}
     assert settings.federation == experiment.federation.model_copy(update=every_round)

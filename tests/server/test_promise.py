@@ -1,14 +1,17 @@
 """A coordinator's promise: priced before, on record before it is spent, and kept."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from proxymoe.common.config import FederationSettings
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.privacy import Mode, PrivacySettings
-from proxymoe.server import audit, tables
+from proxymoe.server import audit, cli, planner, promise, tables
 from proxymoe.server.engine import RoundEngine, Rules
 from proxymoe.server.promise import promised, summations, thought_about
 from proxymoe.server.settings import CoordinatorSettings
@@ -122,3 +125,38 @@ def test_noise_that_devices_do_not_add_yet_is_refused(mode):
         settings_of(small_federation(), PrivacySettings(mode=mode, epsilon=1.0))
     with pytest.raises(ValueError, match=r"adaptive True: cohorts are dealt here"):
         settings_of(small_federation(), PrivacySettings(adaptive=True))
+
+
+def test_the_command_line_prices_promises_for_any_cohort(monkeypatch):
+    federation = small_federation(rounds=10)
+
+    class Small:
+        """A planner without a base model: the layout and the devices are what matters here."""
+
+        layout, base = federation.layout, None
+
+        def members(self):
+            return federation.members
+
+    monkeypatch.setattr(planner, "Planner", lambda _: Small())
+    monkeypatch.setattr(promise, "smaller", lambda *_: {"tiny": 1})
+    settings = settings_of(federation, PrivacySettings())
+    monkeypatch.setattr(cli, "_run", lambda _: SimpleNamespace(settings=settings))
+
+    def asked(*options):
+        result = CliRunner().invoke(cli.app, ["privacy", "D", *options])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    (own,) = json.loads(asked("--json"))
+    assert (own["mode"], own["epsilon"], own["noise_multiplier"]) == ("clip_only", None, 0.0)
+    few, many = (
+        json.loads(asked("--epsilon", "2", "--epsilon", "8", "--devices", str(n), "--json"))
+        for n in (3, 3000)
+    )
+    for one, other in zip(few, many, strict=True):
+        assert one["epsilon"] == other["epsilon"]
+        assert one["noise_to_signal"] == pytest.approx(1000 * other["noise_to_signal"], rel=1e-3)
+    told = " ".join(asked("--epsilon", "2", "--delta", "0.5").split())
+    assert "would allow to give one away whole" in told
+    assert "useful would be" in told
