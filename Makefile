@@ -12,6 +12,9 @@ export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
+# Compiled once and kept, also where a container says otherwise: tests start dozens of processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help simulate compare deploy-demo faults test check format lint clean
 
 help: ## list the targets
@@ -30,7 +33,7 @@ deploy-demo: $(STAMP) ## a coordinator and four devices on loopback, over TLS, f
 	@$(BIN)/python -m proxymoe.simulations.deploy_demo $(ARGS)
 
 test: check ## run every check, then the tests (a subset: ARGS="tests/common -k plan")
-	$(BIN)/pytest -n 2 $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(STAMP) ## check format, lint, types and import rules; changes nothing
 	$(BIN)/ruff format --check

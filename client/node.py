@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from proxymoe.common.addresses import is_loopback, split_address
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.offline import LOOPBACK
-from proxymoe.common.tickets import is_loopback, split_address
 
 FLOWER = "1.41"
 """The minor version of flwr that a device runs with."""

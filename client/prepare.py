@@ -16,9 +16,9 @@ from proxymoe.client.gates import readable_files
 from proxymoe.client.home import Home
 from proxymoe.client.proxy import GatesClosed
 from proxymoe.client.retry import TransferError, TransferRefused
+from proxymoe.common.addresses import split_address
 from proxymoe.common.assignment import Application, Assignment
 from proxymoe.common.supervise import Backoff, uniform
-from proxymoe.common.tickets import split_address
 
 Result = TypeVar("Result")
 

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
+from proxymoe.common.addresses import HOST
 from proxymoe.common.errors import ConfigError, ProtocolError
 from proxymoe.common.identity import (
     NAME,
@@ -34,7 +35,6 @@ from proxymoe.common.identity import (
     public_pem,
 )
 
-HOST = r"(?!-)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*"
 MAX_HOST = 253
 AUTHORITY_DAYS, SERVER_DAYS, DEVICE_DAYS = 3650, 825, 365
 BACKDATED = timedelta(days=1)

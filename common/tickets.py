@@ -9,14 +9,13 @@ seconds.
 import base64
 import binascii
 import hmac
-import ipaddress
 import re
 import secrets
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from proxymoe.common.certificates import HOST
+from proxymoe.common.addresses import split_address
 from proxymoe.common.errors import ConfigError, ProtocolError
 from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.identity import (
@@ -29,7 +28,6 @@ from proxymoe.common.identity import (
 )
 from proxymoe.common.messages import Digest
 
-ADDRESS = rf"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>{HOST})):(?P<port>[0-9]{{1,5}})"
 SECRET_BYTES = 32
 SKEW_SECONDS = 300
 """How far a device's clock may be from the coordinator's before tickets are refused."""
@@ -41,26 +39,6 @@ _PURPOSE = b"proxymoe job ticket 1\n"
 Secret = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", repr=False)]
 Pem = Annotated[str, Field(max_length=MAX_PEM_BYTES)]
 UnixSeconds = Annotated[int, Field(ge=0, lt=1 << 40)]
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `host:port` or `[v6 address]:port`.
-
-    Raises:
-        ConfigError: neither of them.
-    """
-    found = re.fullmatch(ADDRESS, address)
-    if not found or not 0 < int(found["port"]) < 1 << 16:
-        raise ConfigError(f"address {address[:80]!r}: write host:port, or [v6 address]:port")
-    return found["v6"] or found["host"], int(found["port"])
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine, by its name or address alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _checked_address(address: str) -> str:

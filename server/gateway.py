@@ -25,9 +25,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from proxymoe.common.addresses import is_loopback
 from proxymoe.common.errors import ConfigError, ProtocolError
 from proxymoe.common.identity import check_device_signature, key_digest
-from proxymoe.common.tickets import EnrolRequest, is_loopback
+from proxymoe.common.tickets import EnrolRequest
 from proxymoe.server.enrolment import Enrolment, RateLimit, Refused, Standing, busy, enrol
 
 log = logging.getLogger(__name__)

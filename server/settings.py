@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from proxymoe.common.addresses import is_loopback, split_address
 from proxymoe.common.certificates import Identity, new_authority, new_server_certificate
 from proxymoe.common.config import (
     AdapterSettings,
@@ -28,7 +29,6 @@ from proxymoe.common.identity import new_signing_key
 from proxymoe.common.price import unkept
 from proxymoe.common.privacy import Mode, PrivacySettings
 from proxymoe.common.section import Section, commented_toml
-from proxymoe.common.tickets import is_loopback, split_address
 
 if TYPE_CHECKING:
     from proxymoe.server.blobs import BlobLimits

@@ -23,7 +23,6 @@ import torch
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
-from flwr.simulation import run_simulation
 
 from proxymoe.client.app import client_app
 from proxymoe.client.personalize import Device
@@ -171,6 +170,7 @@ def _simulate(server: ServerApp, client: ClientApp, num_nodes: int, workers: int
         _environment({**ENVIRONMENT, "FLWR_HOME": folder}),
     ):
         import ray  # noqa: PLC0415  optional; reads its environment when imported
+        from flwr.simulation import run_simulation  # noqa: PLC0415  a second to load
 
         for noisy in ("flwr", "ray"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)  # we log or raise what matters

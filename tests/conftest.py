@@ -1,4 +1,8 @@
-"""Fixtures that all tests share; nothing here is a mock."""
+"""Fixtures that all tests share; nothing here is a mock.
+
+The process that only hands tests out to workers reads this file, too, and they wait for it: what
+takes seconds to load is loaded by the fixtures.
+"""
 
 import os
 
@@ -6,53 +10,78 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
+import shutil
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from transformers.utils import logging as transformers_logging
 
-import proxymoe.simulations.site as site
-from tests.tiny import FAMILIES, TinyBase
+from tests.families import FAMILIES
+from tests.laws import FULL
 
-torch.set_num_threads(1)
-transformers_logging.disable_progress_bar()
+if TYPE_CHECKING:
+    from tests.tiny import TinyBase
 
-# Derandomised: a failure is the code's, not the day's. `--hypothesis-profile=explore` searches on.
+# Processes are killed in tests, but no power is cut: on a disk, every flush is only a wait.
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 1 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+# Derandomised: a failure is the code's, not the day's. `--hypothesis-profile=thorough` tries twice
+# as many examples, and `explore` others every time.
 settings.register_profile(
     "default",
     derandomize=True,
     deadline=None,
-    max_examples=50,
+    max_examples=FULL // 2,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.register_profile("explore", settings.get_profile("default"), derandomize=False)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=FULL)
+settings.register_profile("explore", settings.get_profile("thorough"), derandomize=False)
 settings.load_profile("default")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Workers share the machine: each computes in one thread, and what stays is not collected."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyBase]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], TinyBase]":
     """`tiny(family)`: that family's tiny checkpoint, one per session."""
+    from tests.tiny import TinyBase
+
     return lru_cache(maxsize=None)(lambda family: TinyBase(family, tmp_path_factory.mktemp(family)))
 
 
 @pytest.fixture(params=FAMILIES)
-def model(request: pytest.FixtureRequest, tiny: Callable[[str], TinyBase]) -> TinyBase:
+def model(request: pytest.FixtureRequest, tiny: "Callable[[str], TinyBase]") -> "TinyBase":
     """The tiny checkpoint of every family in turn."""
     return tiny(request.param)
 
 
 @pytest.fixture(scope="session")
-def qwen(tiny: Callable[[str], TinyBase]) -> TinyBase:
+def qwen(tiny: "Callable[[str], TinyBase]") -> "TinyBase":
     """One tiny checkpoint, where a law does not depend on the family."""
     return tiny("qwen2_moe")
 
 
 @pytest.fixture(scope="session")
-def shipped(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> "TinyBase":
     """The model that comes with the repository."""
+    import proxymoe.simulations.site as site
+    from tests.tiny import TinyBase
+
     base = TinyBase("tiny-moe", tmp_path_factory.mktemp("shipped"))
     base.folder = site.asset("tiny-moe")
     return base

@@ -1,5 +1,6 @@
 """Real certificates, a registry in memory, and apps served on loopback, for tests."""
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -69,10 +70,18 @@ def enrolment(registry, register=lambda device, public_key: None):
     return Enrolment(registry, AUTHORITY, COORDINATOR, "localhost:9095", register)
 
 
+class Server(uvicorn.Server):
+    """A server that ends as soon as it is told; uvicorn looks every tenth of a second."""
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):
+            await asyncio.sleep(0.005)
+
+
 @contextlib.contextmanager
 def serving(config):
     """The port of a uvicorn server on 127.0.0.1, in a thread; it ends with the block."""
-    server = uvicorn.Server(config)
+    server = Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, args=[[listening]])
         thread.start()

@@ -4,7 +4,8 @@ Two MoE layers each, hidden size 64, eight experts. The tokenizer has one token 
 ASCII character, so token counts in tests are string lengths.
 """
 
-from functools import cached_property
+import copy
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,21 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama": ("Llama", {"intermediate_size": 96}),
 }
-FAMILIES = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3")
-"""The families that every law holds for."""
-SOME = ("qwen2_moe", "mixtral", "deepseek_v3")
-"""With gated shared experts, without any, with group-limited routing: for laws that cost more."""
 
 
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
-    """A random model of the family in fp32, the same one at every call."""
+    """A random model of the family in fp32, the same at every call; it may be changed."""
+    if changes:  # seldom the same ones twice
+        return _random_model(family, **changes)
+    return copy.deepcopy(_plain_model(family))
+
+
+@cache
+def _plain_model(family: str) -> PreTrainedModel:
+    return _random_model(family)
+
+
+def _random_model(family: str, **changes: Any) -> PreTrainedModel:
     name, own = CONFIGS[family]
     config = getattr(transformers, f"{name}Config")(**{**SHARED, **own, **changes})
     model: PreTrainedModel = getattr(transformers, f"{name}ForCausalLM")(config)
@@ -238,3 +246,7 @@ class TinyBase:
     def stock(self) -> PreTrainedModel:
         """The full model in plain transformers."""
         return stock(self.folder)
+
+    def own_stock(self) -> PreTrainedModel:
+        """A copy of `stock` that may be changed."""
+        return copy.deepcopy(self.stock)

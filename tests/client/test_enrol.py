@@ -49,7 +49,11 @@ class Door:
     def open(self, identity=SERVER, app=None, burst=BURST):
         for path, content in zip(self._files, (identity.certificate, identity.key), strict=True):
             path.write_bytes(content)
-        superlink = httpx.AsyncClient(base_url="http://127.0.0.1:1", trust_env=False)
+        superlink = httpx.AsyncClient(
+            base_url="http://127.0.0.1:1",
+            trust_env=False,
+            verify=False,  # as no CA is asked
+        )
         limit = RateLimit(burst=burst, seconds=7.0)
         app = app or gateway(superlink, enrolment(self.registry, self._register), limit)
         with serving(listener(app, "127.0.0.1", 0, *self._files)) as self.port:

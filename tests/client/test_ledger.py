@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from proxymoe.client import ledger as ledger_module
 from proxymoe.client.ledger import Entry, Head, Kind, Ledger, Totals
 from proxymoe.common.errors import DataError, IntegrityError
+from tests.laws import tried
 
 NOVEMBER = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
 DAY = 86400.0
@@ -84,7 +85,7 @@ def tamper(path, *statements):
     connection.close()
 
 
-@settings(max_examples=20)
+@tried(20)
 @given(st.lists(entries, max_size=4))
 def test_what_is_written_is_read_back_newest_first_and_verifies(tmp_path_factory, written):
     ledger = filled(tmp_path_factory.mktemp("ledger") / "ledger.db", *written)

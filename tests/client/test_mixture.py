@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -162,7 +162,6 @@ def test_projection_finds_the_nearest_mixture(point, data):
     assert np.linalg.norm(point - nearest) <= np.linalg.norm(point - other) + 1e-9
 
 
-@settings(max_examples=50)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9).filter(lambda w: sum(w) > 0.1), EPSILONS)
 def test_what_is_released_is_a_mixture_of_the_same_domains(weights, epsilon):
     mixture = {f"d{i}": weight / sum(weights) for i, weight in enumerate(weights)}

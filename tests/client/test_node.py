@@ -21,9 +21,9 @@ from proxymoe.client.node import (
     exit_code,
     require_flower,
 )
+from proxymoe.common.addresses import is_loopback
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.offline import flower_environment
-from proxymoe.common.tickets import is_loopback
 
 SECRET, CA, KEY = Path("/d/secret"), Path("/d/ca.pem"), Path("/d/key")
 PLAIN = NodeSettings("127.0.0.1:8000", 9094, SECRET, None, None)

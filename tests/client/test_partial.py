@@ -9,13 +9,14 @@ import sys
 import tracemalloc
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.client.partial import MAX_CHUNK_BYTES, RECORD, StoreError
 from proxymoe.client.store import Store
 from proxymoe.common.errors import IntegrityError
 from proxymoe.common.files import digest_of
+from tests.laws import tried
 
 CHUNK = 1000
 BLOB = bytes(i * i % 251 for i in range(5 * CHUNK + 17))
@@ -44,7 +45,7 @@ def store(tmp_path):
     return Store(tmp_path / "store", 10**9)
 
 
-@settings(max_examples=20)  # each example flushes a disk again and again
+@tried(20)  # each example flushes a disk again and again
 @given(stops=st.lists(st.integers(0, 6 * CHUNK), max_size=5))
 def test_a_blob_in_any_number_of_attempts_is_the_blob(tmp_path_factory, stops):
     store = Store(tmp_path_factory.mktemp("store"), 10**9)
@@ -60,7 +61,7 @@ def test_a_blob_in_any_number_of_attempts_is_the_blob(tmp_path_factory, stops):
     assert store.path(DIGEST).read_bytes() == BLOB
 
 
-@settings(max_examples=30)
+@tried(30)
 @given(data=st.data())
 def test_whatever_a_crash_leaves_only_a_true_beginning_is_found(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("store")

@@ -7,13 +7,14 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.client.partial import StoreError
 from proxymoe.client.store import QuotaError, Store
 from proxymoe.common.errors import ProtocolError
 from proxymoe.common.files import digest_of
+from tests.laws import tried
 
 SIZE = 100
 BLOBS = [bytes([i]) * SIZE for i in range(6)]
@@ -120,7 +121,7 @@ def test_a_partial_blob_that_is_being_written_does_not_go(store):
     assert store.collect() == SIZE
 
 
-@settings(max_examples=12)  # each example is some twenty flushes to a disk
+@tried(12)  # each example is some twenty flushes to a disk
 @given(
     pinned=st.sets(st.integers(0, 5), max_size=4),
     order=st.permutations(range(6)),

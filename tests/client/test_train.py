@@ -18,7 +18,8 @@ from proxymoe.common.model import LoadedModel, load
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.plan import LayerPlan, Plan, RouterMode
 from proxymoe.common.text import Example
-from tests.tiny import SOME, TinyBase, assert_near, some_tokens
+from tests.families import SOME
+from tests.tiny import TinyBase, assert_near, some_tokens
 
 TASK = [Example(tuple(row), 4) for row in some_tokens(6, 12).tolist()]
 SETTINGS = TrainSettings(steps=4, batch_size=2, warmup_steps=0, learning_rate=1e-2)

@@ -4,11 +4,9 @@ import math
 import subprocess
 import sys
 
-import dp_accounting
 import numpy as np
 import pytest
-from dp_accounting import pld, rdp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.common import accounting
@@ -22,6 +20,7 @@ from proxymoe.common.accounting import (
     poisson_cohort,
 )
 from proxymoe.common.errors import ConfigError
+from tests.laws import tried
 
 DELTA = 1e-5
 multipliers = st.floats(0.3, 20)
@@ -31,35 +30,45 @@ def rounds(z, times, probability=None):
     return Exposure().after(z, probability, times)
 
 
-def library(accountant, *events):
-    return accountant.compose(dp_accounting.ComposedDpEvent(list(events))).get_epsilon(DELTA)
+@pytest.fixture(scope="module")
+def dp():
+    """The library; it takes seconds to load, so only who tests with it does."""
+    import dp_accounting
+    import dp_accounting.pld
+    import dp_accounting.rdp
+
+    return dp_accounting
 
 
-@settings(max_examples=15)
+def library(dp, accountant, *events):
+    return accountant.compose(dp.ComposedDpEvent(list(events))).get_epsilon(DELTA)
+
+
+@tried(15)
 @given(z=multipliers, times=st.integers(1, 50))
-def test_rounds_cost_what_the_library_says(z, times):
-    event = dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(z), times)
-    expected = library(rdp.RdpAccountant(), event)
+def test_rounds_cost_what_the_library_says(dp, z, times):
+    event = dp.SelfComposedDpEvent(dp.GaussianDpEvent(z), times)
+    expected = library(dp, dp.rdp.RdpAccountant(), event)
     assert epsilon_of(rounds(z, times), DELTA) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_tighter_accountant_is_the_library_s_too():
-    event = dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(4.0), 9)
+def test_the_tighter_accountant_is_the_library_s_too(dp):
+    event = dp.SelfComposedDpEvent(dp.GaussianDpEvent(4.0), 9)
     found = epsilon_of(rounds(4.0, 9), DELTA, "pld")
-    assert found == pytest.approx(library(pld.PLDAccountant(), event), rel=1e-3)
+    assert found == pytest.approx(library(dp, dp.pld.PLDAccountant(), event), rel=1e-3)
     assert found < epsilon_of(rounds(4.0, 9), DELTA)
 
 
 @pytest.mark.parametrize("accountant", ["rdp", pytest.param("pld", marks=pytest.mark.slow)])
-def test_sampled_and_dealt_rounds_add_up(accountant):
+def test_sampled_and_dealt_rounds_add_up(dp, accountant):
     sampled = Exposure().after(1.0, 0.05, 20)
     both = sampled.after(5.0)
     alone = epsilon_of(sampled, DELTA, accountant)
     assert alone < epsilon_of(both, DELTA, accountant)
     assert alone < epsilon_of(rounds(1.0, 20), DELTA, accountant) / 3
-    event = dp_accounting.PoissonSampledDpEvent(0.05, dp_accounting.GaussianDpEvent(1.0))
-    counter = pld.PLDAccountant() if accountant == "pld" else rdp.RdpAccountant(range(2, 64))
-    expected = library(counter, dp_accounting.SelfComposedDpEvent(event, 20))
+    event = dp.PoissonSampledDpEvent(0.05, dp.GaussianDpEvent(1.0))
+    counter = dp.pld.PLDAccountant() if accountant == "pld" else dp.rdp.RdpAccountant(range(2, 64))
+    expected = library(dp, counter, dp.SelfComposedDpEvent(event, 20))
     assert alone == pytest.approx(expected, rel=0.01)
 
 
@@ -110,9 +119,9 @@ def test_a_promise_out_of_reach_is_refused():
 
 
 @given(st.floats(1e-4, 400), st.floats(1e-9, 1e-2))
-def test_a_device_reckons_without_the_library_and_never_too_little(inverse_squares, delta):
+def test_a_device_reckons_without_the_library_and_never_too_little(dp, inverse_squares, delta):
     found = gaussian_epsilon(inverse_squares, delta)
-    exact = dp_accounting.get_epsilon_gaussian(inverse_squares**-0.5, delta)
+    exact = dp.get_epsilon_gaussian(inverse_squares**-0.5, delta)
     assert exact <= found * (1 + 1e-9) + 1e-12
     assert found <= epsilon_of(Exposure(inverse_squares), delta) * (1 + 1e-6)
 

@@ -22,7 +22,8 @@ from proxymoe.common.adapter import (
 from proxymoe.common.checkpoint import bytes_of
 from proxymoe.common.errors import LayoutMismatch
 from proxymoe.common.plan import LayerPlan, Plan
-from tests.tiny import FAMILIES, assert_near, tiny_model
+from tests.families import FAMILIES
+from tests.tiny import assert_near, tiny_model
 
 BASE = "ab" * 32
 ALL: tuple[Target, ...] = ("attention", "shared", "experts")

@@ -11,7 +11,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.mixtral.modeling_mixtral import eager_attention_forward
 
 from proxymoe.common.attention import NAME, attention, install_attention
-from tests.tiny import assert_near, some_tokens, stock
+from tests.tiny import assert_near, some_tokens
 
 
 class _Heads(nn.Module):
@@ -95,7 +95,7 @@ def test_dropout_is_left_to_the_stock_function():
 
 def test_a_whole_model_has_the_stock_gradients(model):
     gradients = []
-    reference = stock(model.folder)
+    reference = model.own_stock()
     for ours in (False, True):
         if ours:
             install_attention(reference)
@@ -123,7 +123,7 @@ def test_a_variant_of_the_stock_attention_stays():
 
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_generation_works_with_it(model, use_cache):
-    reference: Any = stock(model.folder)
+    reference: Any = model.own_stock()
     tokens = some_tokens()[:1, :5]
     want = reference.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=use_cache)
     install_attention(reference)

@@ -10,13 +10,14 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from proxymoe.common import discrete_gaussian
 from proxymoe.common.discrete_gaussian import CHUNK, LARGEST_VARIANCE, sample
 from proxymoe.common.errors import ConfigError
+from tests.laws import tried
 
 COUNT = 200_000
 
@@ -117,7 +118,7 @@ def _holds_border(word):
     return bool(asked)
 
 
-@settings(max_examples=20)
+@tried(20)
 @given(st.integers(1, LARGEST_VARIANCE), st.integers(0, 300))
 def test_any_variance_and_count_can_be_had(variance, count):
     found = sample(variance, count, seeded())

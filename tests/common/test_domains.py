@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors
 
@@ -19,6 +19,7 @@ from proxymoe.common.domains import (
     total_variation,
 )
 from proxymoe.common.errors import CheckpointError, DataError
+from tests.laws import tried
 
 COUNTS = {"travel": [4, 0, 0, 6], "banking": [0, 8, 2, 0]}
 NAMES = st.text("abcxyz_-.09", min_size=1, max_size=6).filter(domains.DOMAIN.fullmatch)
@@ -147,7 +148,7 @@ def test_a_table_that_is_missing_or_too_large_is_refused(tmp_path, monkeypatch):
         load_table(tmp_path / "table")
 
 
-@settings(max_examples=200)
+@tried(200)
 @given(st.data())
 def test_any_bytes_are_a_table_or_an_error(data):
     content = bytearray(table_bytes(domain_table(COUNTS)))

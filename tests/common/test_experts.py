@@ -15,7 +15,8 @@ from proxymoe.common.experts import (
 )
 from proxymoe.common.model import load
 from proxymoe.common.moe import keep_experts, moe_layers
-from tests.tiny import FAMILIES, assert_near, logits, some_tokens, stock, tiny_model
+from tests.families import FAMILIES
+from tests.tiny import assert_near, logits, some_tokens, stock, tiny_model
 
 KEPT = [0, 2, 3, 6]
 

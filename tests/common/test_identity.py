@@ -6,11 +6,12 @@ import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.common import identity
 from proxymoe.common.errors import ConfigError, ProtocolError
+from tests.laws import tried
 
 KEY = identity.new_device_key()
 PUBLIC = identity.public_key(KEY)
@@ -59,7 +60,7 @@ def test_a_digest_names_the_key_and_not_the_layout_of_its_pem():
     assert identity.key_digest(OTHER_PUBLIC) != digest
 
 
-@settings(max_examples=10)
+@tried(10)
 @given(message=st.binary(max_size=64))
 def test_a_device_signature_is_for_one_message_and_one_key(message):
     key = identity.load_device_key(KEY)

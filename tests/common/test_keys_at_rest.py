@@ -4,7 +4,7 @@ import os
 
 import pytest
 from cryptography.exceptions import UnsupportedAlgorithm
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.common import keys_at_rest
@@ -20,6 +20,7 @@ from proxymoe.common.keys_at_rest import (
     seal_key,
     write_key,
 )
+from tests.laws import tried
 
 KEY = new_device_key()
 
@@ -37,7 +38,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(keys_at_rest, "slow_hash", quick)
 
 
-@settings(max_examples=20)
+@tried(20)
 @given(st.binary(max_size=200), st.text(min_size=1, max_size=20).filter(str.isascii))
 def test_a_sealed_key_opens_with_its_passphrase(key, passphrase):
     sealed = seal_key(key, passphrase, quick())

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -16,6 +16,7 @@ from proxymoe.common.manifest import Manifest, materialise, read_config, read_pl
 from proxymoe.common.model import load
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.plan import LayerPlan, Plan, RouterMode
+from tests.laws import tried
 from tests.tiny import TinyBase, logits, save_tiny, some_tokens, stock
 
 KEPT = (1, 2, 4, 7)
@@ -27,7 +28,7 @@ def plan_of(tiny: TinyBase, kept: tuple[int, ...] = KEPT, **fields) -> Plan:
 
 
 def test_keeping_all_reproduces_the_full_logits_bit_for_bit(model):
-    reference = stock(model.folder)
+    reference = model.own_stock()
     install_backend(reference)
     assert torch.equal(logits(model.full.model), logits(reference))
 
@@ -90,7 +91,7 @@ def test_a_sliced_router_chooses_only_among_the_kept(model, tmp_path):
     assert len(chosen) == 2
 
 
-@settings(max_examples=20)
+@tried(20)
 @given(st.data())
 def test_a_corrupted_piece_is_refused_and_leaves_no_weights(qwen, tmp_path_factory, data):
     manifest = qwen.base.manifest(plan_of(qwen))

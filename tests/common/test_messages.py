@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -21,6 +21,7 @@ from proxymoe.common.messages import (
     decode,
     encode,
 )
+from tests.laws import tried
 
 ADDRESS = {
     "run": "run",
@@ -101,14 +102,14 @@ def test_no_vector_is_an_empty_vector(message):
     assert decode(encode(message))[1].size == 0
 
 
-@settings(max_examples=200)
+@tried(200)
 @given(st.binary(max_size=400) | st.binary(max_size=400).map(lambda tail: MAGIC + tail))
 def test_any_bytes_are_a_message_or_a_protocol_error(content):
     with pytest.raises(ProtocolError):
         decode(content)
 
 
-@settings(max_examples=200)
+@tried(200)
 @given(st.integers(0, 10**6), st.integers(0, 255), st.booleans())
 def test_a_damaged_message_is_a_message_or_a_protocol_error(position, byte, cut):
     task = TrainTask(**ADDRESS, train=TrainSettings(), clip_norm=1.0, seed=0)

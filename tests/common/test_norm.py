@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRMSNorm
 
 from proxymoe.common.norm import install_norms
-from tests.tiny import assert_near, some_tokens, stock
+from tests.tiny import assert_near, some_tokens
 
 
 @given(
@@ -44,7 +44,7 @@ def test_the_gradient_is_the_stock_one(scale):
 
 def test_a_whole_model_has_the_stock_gradients(model):
     gradients = []
-    reference = stock(model.folder)
+    reference = model.own_stock()
     for ours in (False, True):
         if ours:
             install_norms(reference)

@@ -11,7 +11,8 @@ from proxymoe.common.attach import AttachedAdapter
 from proxymoe.common.checkpoint import read_tensors, write_tensors
 from proxymoe.common.errors import CheckpointError, LayoutMismatch
 from proxymoe.common.peft_format import CONFIG_FILE, WEIGHTS_FILE, export_peft, import_peft
-from tests.tiny import SOME, TinyBase, assert_near, logits, stock
+from tests.families import SOME
+from tests.tiny import TinyBase, assert_near, logits
 
 # PEFT asks transformers for a name that transformers has just deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -29,7 +30,7 @@ def random_vector(layout: AdapterLayout, seed: int = 0) -> torch.Tensor:
 
 def plain_peft(tiny: TinyBase, folder) -> PeftModel:
     """As a user loads it; missing or ignored keys are errors like every other warning."""
-    return PeftModel.from_pretrained(stock(tiny.folder), folder)
+    return PeftModel.from_pretrained(tiny.own_stock(), folder)
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids="+".join)

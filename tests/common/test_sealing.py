@@ -8,7 +8,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.common import round_keys, sealing
@@ -28,6 +28,7 @@ from proxymoe.common.sealing import (
     open_envelope,
     seal,
 )
+from tests.laws import tried
 
 NOW, LATER = 1_000_000.0, 1_003_600.0
 KEYS = RoundKeys.new("run", 3, 1, NOW, LATER)
@@ -88,7 +89,7 @@ OTHER_VALUES = {
 }
 
 
-@settings(max_examples=12)
+@tried(12)
 @given(
     content=st.binary(max_size=1200) | st.sampled_from([bytes(1024), bytes(5000)]),
     suite=st.sampled_from(round_keys.offered()),
@@ -105,7 +106,7 @@ def test_what_is_sealed_opens_for_whom_it_is_for(content, suite, part, mode):
     assert (found.header.run, found.header.round, found.header.attempt) == ("run", 3, 1)
 
 
-@settings(max_examples=100)
+@tried(100)
 @given(position=st.integers(0, len(ENVELOPE) * 8 - 1))
 def test_any_flipped_bit_is_refused(position):
     damaged = bytearray(ENVELOPE)
@@ -204,7 +205,7 @@ def test_any_bytes_are_an_envelope_or_a_refusal(content):
         claims(MAGIC + content)
 
 
-@settings(max_examples=30)
+@tried(30)
 @given(st.data())
 def test_a_damaged_envelope_is_refused(data):
     start = data.draw(st.integers(0, len(ENVELOPE)))

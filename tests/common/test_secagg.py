@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -29,6 +29,7 @@ from proxymoe.common.masking import Device
 from proxymoe.common.secagg import TURNS, Phase, Terms, Threshold, continued, parse_terms
 from proxymoe.common.unmasking import Coordinator
 from proxymoe.simulations.secure import aggregate
+from tests.laws import tried
 from tests.masked import (
     KEYS,
     LIMITS,
@@ -43,7 +44,7 @@ from tests.masked import (
     small_terms,
 )
 
-few = settings(max_examples=15)
+few = tried(15)
 groups = st.lists(st.frozensets(st.integers(0, 5), min_size=2), min_size=1, max_size=4, unique=True)
 
 
@@ -316,7 +317,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=10, stateful_step_count=15)
+TestAnyOrder.settings = tried(10, stateful_step_count=15)
 
 
 class LyingCoordinator(RuleBasedStateMachine):
@@ -394,7 +395,7 @@ class LyingCoordinator(RuleBasedStateMachine):
 
 
 TestLyingCoordinator = LyingCoordinator.TestCase
-TestLyingCoordinator.settings = settings(max_examples=20, stateful_step_count=8)
+TestLyingCoordinator.settings = tried(20, stateful_step_count=8)
 
 
 def test_two_sets_of_survivors_cannot_both_be_proven():

@@ -105,6 +105,7 @@ def test_what_a_dead_child_started_is_gone_before_it_comes_back(tmp_path):
     script = f"sleep 60 & echo $! >> {tmp_path}/started; exec sleep 60"
     started = tmp_path / "started"
     with running(tmp_path, shell("a", script)):
+        until(lambda: started.exists() and started.read_text())
         os.kill(pid_of(tmp_path, "a"), signal.SIGKILL)
         first, second = until(
             lambda: started.exists() and len(found := started.read_text().split()) == 2 and found

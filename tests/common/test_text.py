@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.common.errors import DataError
@@ -22,6 +22,7 @@ from proxymoe.common.text import (
     shuffled_batches,
     tokenise,
 )
+from tests.laws import tried
 from tests.tiny import BOS, EOS, tiny_tokenizer
 
 ROW = {"prompt": "2+2=", "completion": "4"}
@@ -54,7 +55,7 @@ def chat(role, content):
     return json.dumps({"messages": [first, {"role": role, "content": content}]})
 
 
-few = settings(max_examples=25)
+few = tried(25)
 
 
 def one(row, **limits):

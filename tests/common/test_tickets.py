@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.common import identity, tickets
+from proxymoe.common.addresses import split_address
 from proxymoe.common.errors import ConfigError, ProtocolError
 from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.tickets import Ticket, issue_ticket, parse_token, verify_ticket
@@ -45,7 +46,7 @@ def test_a_token_survives_being_carried(name, host, port, seconds):
     token = tickets.new_token(f"{host}:{port}", AUTHORITY, name, NOW + seconds)
     assert re.fullmatch(r"[A-Za-z0-9_-]+", token.text)
     assert parse_token(f"  {token.text}\n", NOW) == token
-    assert tickets.split_address(token.coordinator) == (host.strip("[]"), port)
+    assert split_address(token.coordinator) == (host.strip("[]"), port)
 
 
 def test_only_the_digest_of_a_secret_is_needed_to_know_it_again():

@@ -2,18 +2,19 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.common.adapter import AdapterLayout, delta_weight
 from proxymoe.common.errors import LayoutMismatch, ProtocolError
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.simulations.faults.cohort import NUM_EXPERTS, small_layout, small_plan
+from tests.laws import tried
 from tests.tiny import assert_near
 
 FULL = small_layout()
 kept_sets = st.sets(st.integers(0, NUM_EXPERTS - 1), min_size=1).map(sorted)
-few = settings(max_examples=15)
+few = tried(15)
 cohorts = st.lists(st.tuples(kept_sets, st.integers(0, 10**6)), min_size=1, max_size=5)
 
 

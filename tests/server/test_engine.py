@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.common.errors import ConfigError
@@ -17,6 +17,7 @@ from proxymoe.server.journal import initial_state
 from proxymoe.server.round import Answer, run_round
 from proxymoe.server.store import Phase, RoundStore
 from proxymoe.simulations.faults.cohort import InMemory, honest, plain, small_federation
+from tests.laws import tried
 
 SIZE = small_federation().layout.size
 RULES = Rules(quorum=1.0)
@@ -76,7 +77,7 @@ def test_the_engine_ends_in_the_bits_of_the_rounds_in_process(tmp_path, fields):
     assert torch.equal(found.strategy.variance, expected.strategy.variance)
 
 
-@settings(max_examples=25, deadline=None)
+@tried(25)
 @given(st.lists(st.integers(1, 9), max_size=12))
 def test_killed_after_any_phases_it_ends_in_the_same_bits(tmp_path_factory, lives):
     folder, federation = tmp_path_factory.mktemp("run"), small_federation(momentum=0.5)

@@ -14,7 +14,8 @@ from proxymoe.common.peft_format import export_peft
 from proxymoe.common.plan import LayerPlan, Plan
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.merge import merge
-from tests.tiny import SOME, assert_near, logits, save_tiny, stock
+from tests.families import SOME
+from tests.tiny import assert_near, logits, save_tiny, stock
 
 ALL: tuple[Target, ...] = ("attention", "shared", "experts")
 
@@ -79,7 +80,7 @@ def test_merging_agrees_with_peft(tiny, family, tmp_path):
     vector = random_vector(layout)
     merged = stock(merge(model.base, layout, vector, tmp_path / "merged")).state_dict()
     folder = export_peft(layout, vector, tmp_path / "adapter", str(model.folder))
-    theirs = PeftModel.from_pretrained(stock(model.folder), folder).merge_and_unload().state_dict()
+    theirs = PeftModel.from_pretrained(model.own_stock(), folder).merge_and_unload().state_dict()
     assert set(merged) == set(theirs)
     for name, tensor in theirs.items():
         assert_near(merged[name], tensor, 1e-6)

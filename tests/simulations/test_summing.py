@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.common.config import Experiment
@@ -28,6 +28,7 @@ from proxymoe.simulations.faults.cohort import (
 from proxymoe.simulations.federate import federate
 from proxymoe.simulations.secure import MaskedSum
 from proxymoe.simulations.summing import SPENT, Summing, require_summable
+from tests.laws import tried
 
 FULL = small_layout()
 PLANS = {"a": small_plan(0, 1), "b": small_plan(1, 2), "c": small_plan(0, 1, 2)}
@@ -73,7 +74,7 @@ def test_without_noise_only_the_grid_is_left(seed, norm):
     assert torch.allclose(found.total, expected.sum().total, atol=len(PLANS) * 2.0**-20)
 
 
-@settings(max_examples=10, deadline=None)
+@tried(10)
 @given(st.integers(0, 1000), st.sampled_from(list(Mode)))
 def test_under_masks_the_very_same_numbers_come_out(seed, mode):
     found = summed(private(mode, inner=masked_whole(seed), seed=seed), seed=seed)
