@@ -1,20 +1,25 @@
 """Flower edge of a device: two handlers that decode, call and encode.
 
+Model code is imported when a task is answered or a device opened, and not before: a process that
+only has to say who the device is stays small.
+
 What goes wrong inside stays inside. The coordinator gets a refusal, or the text of a protocol
 error, or the name of an exception; never a message, a path or a stack trace.
 """
+
+# ruff: noqa: PLC0415  see above
 
 import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read once, when flwr is imported
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from proxymoe.client.personalize import Device, personalize
 from proxymoe.common.errors import ProtocolError
 from proxymoe.common.messages import (
     CONTENT,
@@ -27,6 +32,9 @@ from proxymoe.common.messages import (
     encode,
 )
 
+if TYPE_CHECKING:
+    from proxymoe.client.personalize import Device
+
 log = logging.getLogger(__name__)
 
 FAILED = 2
@@ -34,36 +42,45 @@ FAILED = 2
 MAX_OPEN = 4
 """Devices that one process keeps open."""
 
-OpenDevice = Callable[[Context], Device]
+OpenDevice = Callable[[Context], "Device"]
 """Opens the device that a node is: its submodel, its layout, its private examples."""
+Describe = Callable[[Context], Description]
+"""Tells what the device that a node is would say of itself once it is open."""
 
-_open: OrderedDict[tuple[int, int], Device] = OrderedDict()
+_open: OrderedDict[tuple[int, int], "Device"] = OrderedDict()
 # By run and node, least recently used first. It belongs to the process, not to a ClientApp:
 # Flower's simulation shares a process between nodes, and sends it a new ClientApp every time.
 
 
-def client_app(open_device: OpenDevice, max_open: int = MAX_OPEN) -> ClientApp:
+def client_app(
+    open_device: OpenDevice, describe: Describe | None = None, max_open: int = MAX_OPEN
+) -> ClientApp:
     """A ClientApp that answers for the devices that `open_device` opens.
 
-    At most `max_open` devices are open in a process at once; those unused for longest are closed.
+    Args:
+        open_device: called when a device has to train.
+        describe: called when it has to say who it is; None has it opened for that, too.
+        max_open: most devices that are open in a process at once; those unused for longest are
+            closed.
     """
     app = ClientApp()
 
+    def opened(context: Context) -> Description:
+        device = _device(open_device, context, max_open)
+        return Description(device=device.name, plan=device.loaded.plan.digest)
+
+    described = describe or opened
+
     # These two may be pickled with all they name, so the work is in the functions of this module.
     @app.query(DESCRIBE.partition(".")[2])
-    def describe(message: Message, context: Context) -> Message:
-        return _reply(message, lambda: _description(_device(open_device, context, max_open)))
+    def description(message: Message, context: Context) -> Message:
+        return _reply(message, lambda: ConfigRecord(described(context).model_dump()))
 
     @app.train(TRAIN.partition(".")[2])
     def train(message: Message, context: Context) -> Message:
         return _reply(message, lambda: _update(message, open_device, context, max_open))
 
     return app
-
-
-def _description(device: Device) -> ConfigRecord:
-    described = Description(device=device.name, plan=device.loaded.plan.digest)
-    return ConfigRecord(described.model_dump())
 
 
 def _update(
@@ -73,6 +90,8 @@ def _update(
     task = record.get(CONTENT) if isinstance(record, ConfigRecord) else None
     if not isinstance(task, bytes):
         raise ProtocolError("a message without a task")
+    from proxymoe.client.personalize import personalize
+
     try:
         reply = personalize(_device(open_device, context, max_open), task)
     except ProtocolError:
@@ -101,7 +120,7 @@ def _reply(message: Message, answer: Callable[[], ConfigRecord]) -> Message:
     return Message(Error(FAILED, reason), reply_to=message)
 
 
-def _device(open_device: OpenDevice, context: Context, max_open: int) -> Device:
+def _device(open_device: OpenDevice, context: Context, max_open: int) -> "Device":
     """The node's device, opened if it is not open yet."""
     key = (context.run_id, context.node_id)
     if key not in _open:

@@ -6,8 +6,6 @@ costs what is new and no more. Whatever leaves stands in the ledger first. Model
 in a job process only.
 """
 
-import hashlib
-import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -28,19 +26,17 @@ from proxymoe.client.bring import (
 )
 from proxymoe.client.elsewhere import Work, result_of
 from proxymoe.client.home import Home
+from proxymoe.client.inventory import is_whole, list_contents
 from proxymoe.client.policy import Request
 from proxymoe.client.store import QuotaError
 from proxymoe.common.assignment import Assignment
 from proxymoe.common.errors import IntegrityError, ProtocolError
-from proxymoe.common.files import sync_folder, write_json
+from proxymoe.common.files import sync_folder
 from proxymoe.common.messages import Digest
 from proxymoe.common.plan import Plan
 
 if TYPE_CHECKING:
     from proxymoe.client.personalize import Device
-
-CONTENTS = "contents.json"
-"""{file: digest} of a submodel, written last: who has it, and fits it, is whole."""
 
 
 class _Listed(BaseModel):
@@ -104,7 +100,7 @@ def fetch_proxy(
     """
     require_allowed(home, request_of(home, assignment))
     folder, plan = home.submodel(assignment.plan), assignment.plan
-    if not _is_whole(folder):
+    if not is_whole(folder):
         shutil.rmtree(folder, ignore_errors=True)
         room = _built_bytes(assignment)
         bring(home, assignment, plan, _needs(assignment, None), room)
@@ -172,25 +168,9 @@ def _build(home: Home, assignment: Assignment, work: Work | None) -> None:
     partial.mkdir(mode=0o700, parents=True)
     manifest, store = assignment.manifest.digest, str(home.store_folder)
     result_of(work, "build", store=store, manifest=manifest, folder=str(partial))
-    digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-    write_json(partial / CONTENTS, digests)
-    sync_folder(partial)
+    list_contents(partial)
     partial.rename(folder)
     sync_folder(folder.parent)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether every file of a submodel is as it was when it was built."""
-    try:
-        digests = json.loads((folder / CONTENTS).read_bytes())
-        return all(_digest(folder / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError):
-        return False
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 __all__ = [

@@ -3,7 +3,8 @@
 It runs beside `flower-supernode --isolation process`, in the place of Flower's SuperExec, which
 would unpack the bundle of a run and execute it. Here nobody looks at the bundle: an app that was
 installed on the device answers, in a job process that stays warm. If that dies, the coordinator
-gets an error, and the next message a new process. This process imports no model code.
+gets an error, and the next message a new process. This process imports no model code; what the
+app answers without any, it answers right here.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -35,8 +36,8 @@ Check = Callable[[Message], str | None]
 Sending = Callable[[Message, RecordDict | Error], contextlib.AbstractContextManager[object]]
 """Surrounds the sending of an answer to a message; what it raises keeps the answer here."""
 LoadApp = Callable[[], ClientApp]
-"""Makes the installed app, in the job process, where it imports what is heavy. It travels by name:
-it must be picklable and no part of `__main__`."""
+"""Makes the installed app, which imports what is heavy only to answer what needs it. It travels by
+name: it must be picklable and no part of `__main__`."""
 _app: Callable[[LoadApp], ClientApp] = functools.cache(lambda load: load())
 
 
@@ -54,6 +55,8 @@ class Runner:
         check: asked here about every message, before the app gets to see it.
         sending: entered before anything is sent, errors included, and left once it is; an
             exception from it puts an error without any content in the place of an answer.
+        light: types of messages that the app answers at once and without model code, in this
+            process; all others wait for the job process.
     """
 
     def __init__(
@@ -64,11 +67,13 @@ class Runner:
         check: Check,
         sending: Sending = lambda *_: contextlib.nullcontext(),
         idle_seconds: float = IDLE_SECONDS,
+        light: Container[str] = (),
     ) -> None:
         self._address, self._secret = address, secret
         self._check = check
         self._sending = sending
         self._idle_seconds = idle_seconds
+        self._load, self._light = load, light
         self._jobs = JobProcess(functools.partial(_work, load))
         self._is_away = False
 
@@ -139,6 +144,16 @@ class Runner:
             reason = f"the check failed ({type(error).__name__})"
         if reason is not None:
             raise _Unanswered(REFUSED, reason)
+        if message.metadata.message_type in self._light:
+            answer, context = _answered(self._load, message, context)
+        else:
+            answer, context = self._answer_of_job(task, message, context, stop)
+        return answer.error if answer.has_error() else answer.content, context
+
+    def _answer_of_job(
+        self, task: Task, message: Message, context: Context, stop: threading.Event
+    ) -> tuple[Message, Context]:
+        """As `_answered`, in the job process; _Unanswered if that ends first, or the time."""
         deadline = time.monotonic() + message.metadata.ttl
         self._jobs.ask(packed(message, context))
         try:
@@ -152,10 +167,9 @@ class Runner:
             self._jobs.close()  # or its answer would be taken for the next one's
             raise
         try:
-            answer, context = unpacked(self._jobs.answer())
+            return unpacked(self._jobs.answer())
         except JobDied as error:
             raise _Unanswered(DIED, str(error)) from error
-        return answer.error if answer.has_error() else answer.content, context
 
 
 def _error(code: int, reason: str) -> Error:
@@ -164,12 +178,16 @@ def _error(code: int, reason: str) -> Error:
 
 
 def _work(load: LoadApp, job: Pair) -> Pair:
-    """In the job process: the app's answer to a message, and the context after it."""
-    message, context = unpacked(job)
+    """In the job process: what `_answered` says, as bytes."""
+    return packed(*_answered(load, *unpacked(job)))
+
+
+def _answered(load: LoadApp, message: Message, context: Context) -> tuple[Message, Context]:
+    """The app's answer to a message, and the context after it."""
     try:
         answer = _app(load)(message, context)
     except Exception as error:
         log.exception("a message failed on this device")
         reason = f"the device failed ({type(error).__name__})"
         answer = Message(Error(FAILED, reason), reply_to=message)
-    return packed(answer, context)
+    return answer, context

@@ -30,9 +30,10 @@ from proxymoe.common.supervise import Backoff, Child, ChildFailed, Supervisor, l
 
 if TYPE_CHECKING:
     from proxymoe.client.home import Home
+    from proxymoe.client.personalize import Device
 
 HOME = "PROXYMOE_DEVICE_HOME"
-"""Environment variable that tells a job process whose device it opens."""
+"""Environment variable that tells runner and job process whose device they answer for."""
 MAIN = "from proxymoe.client.service import main; main()"
 """Run like this and not with -m, or the app would be part of `__main__`, and could not travel."""
 THRIFT = {
@@ -142,6 +143,7 @@ def run(home: "Home", address: str, *, once: bool) -> None:
     """
     from proxymoe.client.guard import Guard
     from proxymoe.client.runner import Runner
+    from proxymoe.common.messages import DESCRIBE
 
     for name in THRIFT:
         os.environ.pop(name, None)  # here it works already, and the job process inherits the rest
@@ -162,7 +164,7 @@ def run(home: "Home", address: str, *, once: bool) -> None:
             threading.Timer(LINGER_SECONDS, stop.set).start()
 
     secret = home.runtime_secret.read_bytes()
-    Runner(address, secret, load, guard.check, sending).run(stop)
+    Runner(address, secret, load, guard.check, sending, light={DESCRIBE}).run(stop)
 
 
 def _keep_adapter(home: "Home", message: Any, answer: Any, last: int | None) -> bool:
@@ -179,16 +181,25 @@ def _keep_adapter(home: "Home", message: Any, answer: Any, last: int | None) -> 
 
 
 def load() -> Any:
-    """The ClientApp of the device whose home the environment names; for the job process."""
-    import torch
+    """The ClientApp of the device whose home the environment names.
 
+    Runner and job process make it alike; only who is asked to train imports model code.
+    """
     from proxymoe.client.app import client_app
     from proxymoe.client.home import Home
-    from proxymoe.client.proxy import open_device
+    from proxymoe.client.inventory import describe
 
     home = Home(Path(os.environ[HOME]))
+    return client_app(lambda _: _opened(home), lambda _: describe(home))
+
+
+def _opened(home: "Home") -> "Device":
+    import torch
+
+    from proxymoe.client.submodel import open_device
+
     torch.set_num_threads(num_threads())
-    return client_app(lambda _: open_device(home))
+    return open_device(home)
 
 
 def num_threads() -> int:

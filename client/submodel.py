@@ -15,13 +15,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from proxymoe.client.gates import readable_files
 from proxymoe.client.home import Home
+from proxymoe.client.inventory import assigned
 from proxymoe.client.mixture import mixture_of
 from proxymoe.client.personalize import Device
 from proxymoe.client.store import Store
 from proxymoe.common.adapter import adapter_layout
 from proxymoe.common.assignment import Assignment
 from proxymoe.common.domains import load_table
-from proxymoe.common.errors import ConfigError, LayoutMismatch, ProtocolError, ProxyMoEError
+from proxymoe.common.errors import LayoutMismatch, ProtocolError, ProxyMoEError
 from proxymoe.common.files import write_bytes, write_json
 from proxymoe.common.manifest import COMPANIONS, Manifest, materialise
 from proxymoe.common.model import OFFSETS_FILE, compute_dtype, load
@@ -74,7 +75,7 @@ def weigh(home: str, table: str) -> bytes:
         StoreError: the table, or a companion of the manifest, is not there.
     """
     place = Home(Path(home))
-    assignment, blobs = _assigned(place), Store(place.store_folder, quota_bytes=0)
+    assignment, blobs = assigned(place), Store(place.store_folder, quota_bytes=0)
     manifest = _manifest(blobs, assignment.manifest.digest)
     with TemporaryDirectory() as folder:
         for name, digest in manifest.companions.items():
@@ -95,7 +96,7 @@ def open_device(home: Home) -> Device:
         CheckpointError: the submodel is not here, or damaged; fetch it again.
         LayoutMismatch: the adapter of the assignment does not fit this version of ProxyMoE.
     """
-    assignment = _assigned(home)
+    assignment = assigned(home)
     dtype = compute_dtype(assignment.train.dtype)
     loaded = load(home.submodel(assignment.plan), dtype)
     adapter = assignment.adapter
@@ -122,13 +123,6 @@ def examples_of(home: Home, assignment: Assignment, tokenizer: PreTrainedTokeniz
     rows = [row for path in readable_files(home.policy().data) for row in read_rows(path)]
     train = assignment.train
     return tokenise(rows, tokenizer, train.max_tokens, TooLong(train.too_long))
-
-
-def _assigned(home: Home) -> Assignment:
-    assignment = home.assignment()
-    if assignment is None:
-        raise ConfigError(f"{home.path}: no plan is assigned to this device; join first")
-    return assignment
 
 
 def _manifest(blobs: Store, digest: str) -> Manifest:

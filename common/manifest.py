@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoConfig, PretrainedConfig
 
 from proxymoe.common.checkpoint import WEIGHTS, bytes_of, tensor_from, write_checkpoint
 from proxymoe.common.errors import CheckpointError, IntegrityError, UnsupportedModel
 from proxymoe.common.files import digest_of, write_bytes, write_json
-from proxymoe.common.plan import Plan, RouterMode
+from proxymoe.common.plan import PLAN_FILE, Plan, RouterMode
 
 Part = Literal["whole", "gate", "up", "down"]
 COMPANIONS = (
@@ -27,7 +27,6 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 """Small files beside the weights that a device needs too."""
-PLAN_FILE = "plan.json"
 
 
 class Piece(BaseModel):
@@ -121,14 +120,6 @@ def read_config(folder: Path) -> PretrainedConfig:
     except (ValueError, KeyError) as error:
         raise UnsupportedModel(f"{folder}: {str(error).splitlines()[0]}") from error
     return config
-
-
-def read_plan(folder: Path) -> Plan:
-    """The plan beside a materialised submodel."""
-    try:
-        return Plan.model_validate_json((folder / PLAN_FILE).read_bytes())
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(f"{folder / PLAN_FILE}: no readable plan ({error})") from error
 
 
 def _require_digest(name: str, content: bytes, digest: str) -> None:

@@ -23,10 +23,10 @@ from proxymoe.common.attention import install_attention
 from proxymoe.common.checkpoint import Checkpoint, read_tensors
 from proxymoe.common.errors import CheckpointError
 from proxymoe.common.experts import Redirect, expert_state, install_backend
-from proxymoe.common.manifest import read_config, read_plan
+from proxymoe.common.manifest import read_config
 from proxymoe.common.moe import keep_experts, moe_layers, slice_router
 from proxymoe.common.norm import install_norms
-from proxymoe.common.plan import Others, Plan, RouterMode
+from proxymoe.common.plan import Others, Plan, RouterMode, read_plan
 
 OFFSETS_FILE = "offsets.safetensors"
 """Mean vectors of the experts, {layer number: (E, D)}, beside the weights of a `mean` plan."""

@@ -5,12 +5,16 @@ own expert ids; slots (positions among the kept experts) exist only inside a liv
 """
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from proxymoe.common.errors import PlanError
+from proxymoe.common.errors import CheckpointError, PlanError
 from proxymoe.common.files import canonical_json, digest_of
+
+PLAN_FILE = "plan.json"
+"""The plan of a materialised submodel, beside its weights."""
 
 
 class Others(StrEnum):
@@ -119,3 +123,11 @@ def keep_all(base: str, num_experts: dict[int, int]) -> Plan:
         for position, count in num_experts.items()
     }
     return Plan(base=base, layers=layers, saliency="all")
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan beside a materialised submodel; CheckpointError if there is none."""
+    try:
+        return Plan.model_validate_json((folder / PLAN_FILE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(f"{folder / PLAN_FILE}: no readable plan ({error})") from error

@@ -130,12 +130,12 @@ def test_public_names_of_the_core_exist():
         experts: "BACKEND Redirect ExpertAdapter expert_state install_backend only_valid_tokens",
         files: "atomic_writer canonical_json digest_of write_bytes write_json",
         loss: "Quality completion_loss token_quality",
-        manifest: "Manifest Piece materialise read_config read_plan",
+        manifest: "Manifest Piece materialise read_config",
         messages: "TrainTask TrainReply Refusal encode decode",
         model: "LoadedModel compute_dtype load",
         moe: "MoELayer moe_layers keep_experts slice_router attention_linears",
         peft_format: "export_peft import_peft peft_config",
-        plan: "LayerPlan Others Plan RouterMode keep_all",
+        plan: "LayerPlan Others Plan RouterMode keep_all read_plan",
         text: "Batch Example TooLong collate read_rows shuffled_batches tokenise",
     }
     for module, wanted in names.items():

@@ -5,6 +5,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from proxymoe.client import app as client_module
+from proxymoe.client import personalize as personalizing
 from proxymoe.client.app import client_app
 from proxymoe.client.personalize import Device, personalize
 from proxymoe.common.adapter import adapter_layout
@@ -15,6 +16,7 @@ from proxymoe.common.messages import (
     DESCRIBE,
     RECORD,
     TRAIN,
+    Description,
     Refusal,
     TrainReply,
     TrainTask,
@@ -75,6 +77,18 @@ def test_a_device_describes_itself_by_name_and_plan(device):
     assert dict(reply.content[RECORD]) == {"device": "kitchen", "plan": plan}
 
 
+def test_a_device_that_can_be_described_is_not_opened_for_it(device):
+    plan = device.loaded.plan.digest
+    app = client_app(fails, lambda context: Description(device=f"{context.node_id}", plan=plan))
+    assert dict(ask(app, DESCRIBE, {}, 3).content[RECORD]) == {"device": "3", "plan": plan}
+    assert not client_module._open
+
+
+def test_a_device_that_cannot_say_who_it_is_says_no_private_word_either(device):
+    reply = ask(client_app(lambda _: device, fails), DESCRIBE, {})
+    assert reply.error.reason == "the device failed (DataError)"
+
+
 def test_a_task_is_answered_as_the_device_itself_answers(device, task):
     reply = ask(client_app(lambda _: device), TRAIN, {CONTENT: task})
     found, update = decode(reply.content[RECORD][CONTENT])
@@ -108,7 +122,7 @@ def test_an_unexpected_error_while_training_is_a_refusal(device, task, monkeypat
     def breaks(*_):
         raise RuntimeError(SECRET)
 
-    monkeypatch.setattr(client_module, "personalize", breaks)
+    monkeypatch.setattr(personalizing, "personalize", breaks)
     reply = ask(client_app(lambda _: device), TRAIN, {CONTENT: task})
     refusal, _ = decode(reply.content[RECORD][CONTENT])
     assert isinstance(refusal, Refusal)

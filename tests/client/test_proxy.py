@@ -29,8 +29,8 @@ from proxymoe.common.assignment import Application, Blob
 from proxymoe.common.domains import domain_table, table_bytes
 from proxymoe.common.errors import ConfigError, DataError, LayoutMismatch, ProtocolError
 from proxymoe.common.files import digest_of
-from proxymoe.common.manifest import read_plan
 from proxymoe.common.messages import TrainTask, encode
+from proxymoe.common.plan import read_plan
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.simulations import worker
 from proxymoe.simulations.site import device_examples

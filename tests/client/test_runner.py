@@ -6,6 +6,7 @@ The runner is tried on the API of a SuperNode in this process, and at last on a 
 import contextlib
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,12 +29,17 @@ from flwr.proto.runtime_pb2 import (
 from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from proxymoe.client import node, runner
+from proxymoe.client import node, runner, service
 from proxymoe.client import supernode as supernode_api
+from proxymoe.client.guard import Guard
+from proxymoe.client.inventory import describe
+from proxymoe.client.ledger import Kind
 from proxymoe.client.runner import DIED, FAILED, MAX_REASON, REFUSED, Runner
 from proxymoe.common.errors import ConfigError
+from proxymoe.common.messages import DESCRIBE, RECORD
 from proxymoe.common.offline import flower_environment
 from tests.grid import identify
+from tests.settled import enrolled, settle, write_policy
 
 flower = pytest.mark.flower
 SECRET = b"what SuperNode and runner share"
@@ -87,6 +93,14 @@ def installed(tmp_path, monkeypatch):
 
     yield installed_app
     del sys.modules["installed_app"]
+
+
+@pytest.fixture
+def home(tmp_path, qwen):
+    """A device that is enrolled, and has its submodel."""
+    home = enrolled(tmp_path)
+    settle(home, qwen)
+    return home
 
 
 def soon(find):
@@ -378,6 +392,46 @@ def test_the_job_process_ends_when_it_is_idle_and_comes_back(installed, supernod
         soon(lambda: not psutil.pid_exists(first["pid"]))
         second = supernode.told("go")
         assert (second["warm"], second["count"]) == (1, 2)
+
+
+@flower
+def test_what_is_light_is_answered_without_a_job_process(installed, supernode, fast):
+    checks = Runner(
+        supernode.address, SECRET, installed.load, installed.check, light={"query.wish"}
+    )
+    with running(checks):
+        assert supernode.told("go") == {
+            "by": "installed",
+            "pid": os.getpid(),
+            "warm": 1,
+            "count": 1,
+        }
+        assert supernode.error("refuse on battery") == (REFUSED, "on battery")
+        assert supernode.error("raise") == (FAILED, "the device failed (KeyError)")
+        assert supernode.told("go")["count"] == 3, "what raised has counted before it did"
+        assert checks._jobs.pid is None
+
+
+@flower
+def test_a_device_says_who_it_is_past_the_guard_and_on_record(supernode, fast, home, monkeypatch):
+    def told():
+        supernode.task()
+        return supernode.reply(supernode.store(Message(RecordDict(), NODE, DESCRIBE, ttl=SECONDS)))
+
+    monkeypatch.setenv(service.HOME, str(home.path))
+    guard = Guard(home)
+    a_runner = Runner(
+        supernode.address, SECRET, service.load, guard.check, guard.sending, light={DESCRIBE}
+    )
+    with running(a_runner):
+        assert dict(told().content[RECORD]) == describe(home).model_dump()
+        shutil.rmtree(home.submodels)
+        assert told().error.reason == "the device failed (CheckpointError)"
+        write_policy(home, privacy={"smallest_cohort": 2})
+        assert (told().error.code, told().error.reason) == (REFUSED, "policy")
+        assert a_runner._jobs.pid is None
+    found = [record.entry.kind for record in reversed(home.ledger().newest())]
+    assert found == [Kind.DESCRIPTION, *[Kind.REFUSAL] * 3]
 
 
 @flower

@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -12,8 +15,19 @@ import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from proxymoe.client import node, service
+from proxymoe.client.app import client_app
 from proxymoe.client.service import FEDERATED, MAIN, supervise
-from proxymoe.common.messages import CONTENT, DESCRIBE, RECORD, TRAIN, TrainTask, encode
+from proxymoe.client.submodel import open_device
+from proxymoe.common.messages import (
+    CONTENT,
+    DESCRIBE,
+    RECORD,
+    TRAIN,
+    Refusal,
+    TrainTask,
+    decode,
+    encode,
+)
 from proxymoe.common.supervise import ChildFailed
 from tests.doors import AUTHORITY
 from tests.grid import identify
@@ -99,14 +113,63 @@ def test_the_supervisor_imports_nothing_heavy():
 def test_the_app_is_found_by_name_and_opens_the_device_of_the_environment(home, monkeypatch):
     monkeypatch.setenv(service.HOME, str(home.path))
     assert service.load.__module__ == "proxymoe.client.service"
-    identify(7)
-    message = Message(RecordDict(), 5, DESCRIBE)
+    message, task = asked(home, 1)
     reply = service.load()(message, _context())
-    assert reply.content[RECORD]["plan"] == home.assignment().plan
+    refusal, _ = decode(reply.content[RECORD][CONTENT])
+    assert isinstance(refusal, Refusal)
+    mine, _ = decode(task)
+    assert (refusal.device, refusal.plan, refusal.reason) == (mine.device, mine.plan, "mismatch")
 
 
-def _context():
-    return Context(run_id=7, node_id=5, node_config={}, state=RecordDict(), run_config={})
+SAYS = """
+import sys
+from flwr.app import Context, Message, RecordDict
+from proxymoe.client.service import load
+from proxymoe.common.messages import DESCRIBE, RECORD
+from tests.grid import identify
+
+identify(7)
+before = set(sys.modules)
+context = Context(run_id=7, node_id=5, node_config={}, state=RecordDict(), run_config={})
+answer = load()(Message(RecordDict(), 5, DESCRIBE), context)
+print(answer.error.reason if answer.has_error() else dict(answer.content[RECORD]))
+print(sorted({"torch", "transformers", "peft"} & set(sys.modules)))
+"""
+
+
+def says(home):
+    """What a fresh process says when it is asked who the device is, and what it imported for it."""
+    done = subprocess.run(
+        [sys.executable, "-c", SAYS],
+        env={**os.environ, service.HOME: str(home.path), "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    return done.stdout.splitlines()
+
+
+def test_who_a_device_is_takes_no_model_code_to_say_and_is_what_the_open_device_says(home):
+    told, imported = says(home)
+    identify(7)
+    app = client_app(lambda _: open_device(home))
+    opened = app(Message(RecordDict(), 5, DESCRIBE), _context())
+    assert told == str(dict(opened.content[RECORD]))
+    assert imported == "[]"
+
+
+def test_without_its_submodel_a_device_fails_as_the_open_one_does(home):
+    shutil.rmtree(home.submodels)
+    told, _ = says(home)
+    identify(7)
+    app = client_app(lambda _: open_device(home))
+    failed = app(Message(RecordDict(), 6, DESCRIBE), _context(node=6))
+    assert told == failed.error.reason == "the device failed (CheckpointError)"
+
+
+def _context(node=5):
+    return Context(run_id=7, node_id=node, node_config={}, state=RecordDict(), run_config={})
 
 
 def asked(home, number, kind=TRAIN):

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from proxymoe.common.checkpoint import WEIGHTS, Checkpoint, read_tensors
 from proxymoe.common.errors import CheckpointError, IntegrityError, UnsupportedModel
 from proxymoe.common.experts import install_backend
-from proxymoe.common.manifest import Manifest, materialise, read_config, read_plan
+from proxymoe.common.manifest import Manifest, materialise, read_config
 from proxymoe.common.model import load
 from proxymoe.common.moe import moe_layers
-from proxymoe.common.plan import LayerPlan, Plan, RouterMode
+from proxymoe.common.plan import LayerPlan, Plan, RouterMode, read_plan
 from tests.laws import tried
 from tests.tiny import TinyBase, logits, save_tiny, some_tokens, stock
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from proxymoe.common.checkpoint import WEIGHTS, write_tensors
 from proxymoe.common.config import Allocation, ExtractSettings, Saliency
 from proxymoe.common.errors import BudgetError, ConfigError, PlanError
-from proxymoe.common.manifest import read_plan
 from proxymoe.common.model import OFFSETS_FILE, load
-from proxymoe.common.plan import Others, RouterMode
+from proxymoe.common.plan import Others, RouterMode, read_plan
 from proxymoe.server.extract import SHRINKAGE_TOKENS, budget_bytes, extract, score
 from proxymoe.server.profile import ExpertStatistics, Profile
 from tests.tiny import TinyBase, assert_near, logits
