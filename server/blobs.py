@@ -5,7 +5,6 @@ known from the client certificate, what a device may have is asked of the caller
 holds one chunk in memory, however large the blob is.
 """
 
-import hashlib
 import logging
 import os
 import threading
@@ -23,6 +22,7 @@ from proxymoe.common.assignment import MAX_APPLICATION_BYTES
 from proxymoe.common.errors import CheckpointError, ConfigError
 from proxymoe.common.generated.blobs_pb2 import Chunk, FetchRequest
 from proxymoe.common.generated.blobs_pb2_grpc import BlobsServicer, add_BlobsServicer_to_server
+from proxymoe.server.digests import ChunkDigests
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +143,7 @@ class BlobService(BlobsServicer):
         self._caller = caller or (lambda context: device_of(context.auth_context()))
         self.limits = limits or BlobLimits()
         self._places = places
+        self._digests = ChunkDigests(self.limits.chunk_bytes)
         self._allowed = allowed
         self._streams: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -158,7 +159,7 @@ class BlobService(BlobsServicer):
             device = self._caller(context)
             place = self._place(device, request)
             with self._admitted(device):
-                yield from self._chunks(place, request.offset, ended)
+                yield from self._chunks(request, place, ended)
         except Refused as refused:
             log.info("device %r: blob %.12s: %s", device, request.digest, refused.reason)
             context.abort(refused.code, refused.reason)
@@ -200,13 +201,16 @@ class BlobService(BlobsServicer):
                 self._streams[device] -= 1
                 self._streams += Counter()  # forgets devices without a stream
 
-    def _chunks(self, place: BlobPlace, start: int, ended: threading.Event) -> Iterator[Chunk]:
-        for offset, data in read_chunks(place, start, self.limits.chunk_bytes):
+    def _chunks(
+        self, request: FetchRequest, place: BlobPlace, ended: threading.Event
+    ) -> Iterator[Chunk]:
+        digest = self._digests.of(request.digest, place.path)
+        for offset, data in read_chunks(place, request.offset, self.limits.chunk_bytes):
             self._pace(len(data), ended)
             yield Chunk(
                 offset=offset,
                 data=data,
-                digest=hashlib.sha256(data).digest(),
+                digest=digest(offset, data),
                 blob_bytes=place.num_bytes,
             )
 
