@@ -76,6 +76,8 @@ class Runner:
         self._load, self._light = load, light
         self._jobs = JobProcess(functools.partial(_work, load))
         self._is_away = False
+        self._next = ""
+        """Token of a task that came while another one was waited for."""
 
     def run(self, stop: threading.Event) -> None:
         """Returns when `stop` is set; a message that is being answered then gets an error.
@@ -95,6 +97,9 @@ class Runner:
 
     def _acquired(self, supernode: SuperNode) -> str:
         """The token of a task that is ours now; empty if there is none."""
+        if token := self._next:
+            self._next = ""
+            return token
         try:
             token = supernode.acquire()
         except Away as away:
@@ -105,6 +110,11 @@ class Runner:
         self._is_away = False
         return token
 
+    def _is_superseded(self, supernode: SuperNode) -> bool:
+        """Whether there is a task after the one that is seen to; it is seen to next."""
+        self._next = self._next or self._acquired(supernode)
+        return bool(self._next)
+
     def _see_to(self, supernode: SuperNode, token: str, stop: threading.Event) -> None:
         """Sees one task to its end, whatever the message, the app or the SuperNode do."""
         try:
@@ -112,7 +122,8 @@ class Runner:
                 answer: RecordDict | Error
                 context: Context | None
                 try:
-                    answer, context = self._answer(task, *task.pull(), stop)
+                    pulled = task.pull(lambda: self._is_superseded(supernode))
+                    answer, context = self._answer(task, *pulled, stop)
                 except Unreadable as error:
                     answer, context = _error(REFUSED, str(error)), None
                 except _Unanswered as error:

@@ -111,24 +111,31 @@ class Task:
         self._client = _client(supernode.address, lambda _: {TASK_TOKEN_HEADER: token})
         self.asked: Message
         self._beaten = time.monotonic()
+        self._is_last_look = False
 
     def close(self) -> None:
         """Ends its connections."""
         self._client.close()
 
-    def pull(self) -> tuple[Message, Context]:
-        """The message and the node's context; nobody looks at the bundle that comes along."""
+    def pull(self, superseded: Callable[[], bool]) -> tuple[Message, Context]:
+        """The message and the node's context; nobody looks at the bundle that comes along.
+
+        Args:
+            superseded: whether the SuperNode has another task since. It receives one message at a
+                time, so what it does not have by then, it will never have: when a run ends while a
+                message of it is under way, Flower leaves the task behind.
+        """
         given = self._call(self._client.PullTaskInput, runtime_pb2.PullTaskInputRequest())
         request = runtime_pb2.PullAppMessagesRequest()
         # A task can be there a moment before its message, and minutes before its objects.
         while not (listed := self._call(self._client.PullMessages, request)).messages_list:
-            self.beat(pause=0.1)
+            self._wait(superseded)
         self.asked = serde.message_from_proto(listed.messages_list[0])
         tree, size = listed.message_object_trees[0], 0
         parts: dict[str, bytes] = {}
         for name in {part.object_id for part in inflatable_object.iterate_object_tree(tree)}:
             if size <= MAX_MESSAGE_BYTES:
-                parts[name] = self._part(name)
+                parts[name] = self._part(name, superseded)
                 size += len(parts[name])
         got = message_pb2.ConfirmMessageReceivedRequest(message_object_id=tree.object_id)
         self._call(self._client.ConfirmMessageReceived, got)  # or the SuperNode would keep it
@@ -178,13 +185,20 @@ class Task:
                 raise Lost("the SuperNode has given it up")
             self._beaten = time.monotonic()
 
-    def _part(self, name: str) -> bytes:
+    def _part(self, name: str, superseded: Callable[[], bool]) -> bytes:
         request = message_pb2.PullObjectRequest(object_id=name)
         while not (found := self._call(self._client.PullObject, request)).object_available:
             if not found.object_found:
                 raise Lost("its message is gone")
-            self.beat(pause=0.1)
+            self._wait(superseded)
         return found.object_content
+
+    def _wait(self, superseded: Callable[[], bool]) -> None:
+        """A pause; `Lost` if what was waited for cannot come any more."""
+        if self._is_last_look:
+            raise Lost("its message never came whole")
+        self.beat(pause=0.1)
+        self._is_last_look = superseded()  # it may have come just before the other task
 
     def _call(
         self, call: Callable[[Request], Response], request: Request, tries: int = 3

@@ -357,6 +357,20 @@ def test_a_message_may_come_later_than_its_task_and_its_objects_still_later(devi
 
 
 @flower
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_a_message_that_never_comes_whole_is_given_up_when_another_comes(device, is_listed):
+    message = wish("go")
+    device.task()
+    if is_listed:  # as Flower leaves it when the run ends while its parts are under way
+        message.metadata.__dict__["_message_id"] = message.object_id
+        device.state.object_store.preregister(RUN, get_object_tree(message))
+        device.state.store_message(message)
+        device.pulled(message.object_id)
+    time.sleep(0.3)
+    assert [device.told("go")["count"] for _ in range(2)] == [1, 2]
+
+
+@flower
 def test_a_task_that_the_supernode_gives_up_ends_the_work_on_it(device):
     pid = device.told("go")["pid"]
     task = device.task()
