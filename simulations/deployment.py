@@ -83,15 +83,15 @@ class Deployment:
         self._start("coordinator", "proxymoe.server.cli", "serve", str(self.run_directory))
         self.until("the coordinator is ready", self._is_serving)
 
-    def start_device(self, device: VirtualDevice) -> None:
-        """Enrols a device if it is not yet, and lets it join for as many rounds as there are."""
+    def start_device(self, device: VirtualDevice, *, once: bool = True) -> None:
+        """Enrols a device if it is not yet, and lets it join, for good or until all is done."""
         home = self.home(device.name)
         if not home.exists():
             token = self.coordinator("enrol", device.name).strip()
             self.device(device.name, "enrol", "-", given=token)
             self._allow(home / "policy.toml", device.folder)
         where = ["--home", str(home)]
-        joining = ["join", "--once", "--domain", device.domain]
+        joining = ["join", *["--once"] * once, "--domain", device.domain]
         self._start(device.name, "proxymoe.client.cli", *joining, *where)
 
     def coordinator(self, verb: str, *arguments: str) -> str:
