@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from proxymoe.common.adapter import AdapterLayout
 from proxymoe.common.attach import AttachedAdapter
 from proxymoe.common.config import TrainSettings
+from proxymoe.common.context import rows_for
 from proxymoe.common.errors import Diverged
 from proxymoe.common.experts import Redirect, expert_state, only_valid_tokens
 from proxymoe.common.loss import completion_loss, only_predicted
@@ -62,7 +64,9 @@ def tune(
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # only reentrant checkpoints need it
-        model.train()
+        # The layers alone: what lies in them stays as it is at inference, routers without jitter.
+        for module in model.modules():
+            module.training = isinstance(module, GradientCheckpointingLayer)
     try:
         with (
             AttachedAdapter(model, layout) as adapter,
@@ -144,6 +148,7 @@ def _optimizer(vector: Tensor, settings: TrainSettings) -> torch.optim.Optimizer
 
 
 def _step(model: torch.nn.Module, adapter: AttachedAdapter, vector: Tensor, batch: Batch) -> float:
+    batch = rows_for(model, batch)
     # Checkpointed layers run again in the backward pass, and must skip the same tokens there.
     with only_valid_tokens(batch.valid), only_predicted(model, batch):
         adapter.bind(vector)

@@ -9,7 +9,6 @@ Shapes: B rows, H query heads, G key heads (n = H / G), L queries, M keys, D hea
 """
 
 import sys
-from types import CodeType
 from typing import Any
 
 import torch
@@ -101,12 +100,18 @@ def install_attention(model: PreTrainedModel) -> None:
     variant of it: only what compiles to the same operations is replaced.
     """
     own = getattr(sys.modules[type(model).__module__], stock.__name__, None)
-    if own is not None and _operations(own.__code__) == _operations(stock.__code__):
+    if own is not None and same_operations(own, stock):
         model.set_attn_implementation(NAME)
 
 
-def _operations(code: CodeType) -> tuple[bytes, tuple[str, ...]]:
-    return code.co_code, code.co_names
+def same_operations(one: Any, other: Any) -> bool:
+    """Whether two Python functions compile to the same operations on the same names."""
+    first, second = (
+        (code.co_code, code.co_names, code.co_consts) if code is not None else function
+        for function in (one, other)
+        for code in [getattr(function, "__code__", None)]
+    )
+    return bool(first == second)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

@@ -64,14 +64,15 @@ class Checkpoint:
                     raise CheckpointError(f"{folder}: tensor {tensor} stands in two shards")
                 self.ranges[tensor] = place
 
-    def read_bytes(self, name: str) -> bytes:
-        """The raw bytes of one tensor."""
+    def read_bytes(self, name: str, first: int = 0, num_bytes: int | None = None) -> bytes:
+        """The raw bytes of one tensor, or `num_bytes` of them from byte `first`."""
         place = self.ranges[name]
         path = self.folder / place.file
+        count = place.num_bytes - first if num_bytes is None else num_bytes
         with path.open("rb") as file:
-            file.seek(place.offset)
-            content = file.read(place.num_bytes)
-        if len(content) != place.num_bytes:
+            file.seek(place.offset + first)
+            content = file.read(count)
+        if len(content) != count:
             raise CheckpointError(f"{path}: {name} is cut short; fetch the checkpoint again")
         return content
 

@@ -99,7 +99,8 @@ def experts_forward(self: nn.Module, hidden: Tensor, index: Tensor, gates: Tenso
     """Sum over routed experts of gate * expert(token).
 
     Args:
-        self: an experts module with `gate_up_proj` (S, 2I, D) and `down_proj` (S, D, I).
+        self: an experts module with `gate_up_proj` (S, 2I, D) and `down_proj` (S, D, I), or
+            both transposed; what lies between is its own `_apply_gate`.
         hidden: (T, D). index: (T, K) routed ids. gates: (T, K).
 
     Returns:
@@ -172,18 +173,24 @@ def _dispatch(
     rows = hidden.new_zeros(found.num_rows, hidden.shape[1])
     rows = rows.index_copy(0, found.row, hidden.index_select(0, token))
 
+    if experts.is_transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     inner = _segmented(rows, gate_up, found)
+    if experts.has_bias:
+        bias = experts.get_parameter("gate_up_proj_bias")
+        inner = inner.index_add(0, found.row, bias[found.slot])
     if (adapter := state.adapter) is not None:
         low = rows @ adapter.gate_up_in.to(rows.dtype).T
         inner = inner + _segmented(low, adapter.gate_up_out.to(rows.dtype), found)
-    gate, up = inner.chunk(2, dim=-1)
-    activated: Tensor = experts.act_fn(gate) * up  # type: ignore[operator]
+    activated: Tensor = experts._apply_gate(inner)  # type: ignore[operator]
     outputs = _segmented(activated, down, found)
     if adapter is not None:
         low = _segmented(activated, adapter.down_in.to(rows.dtype), found)
         outputs = outputs + low @ adapter.down_out.to(rows.dtype).T
 
     outputs = outputs.index_select(0, found.row)
+    if experts.has_bias:
+        outputs = outputs + experts.get_parameter("down_proj_bias")[found.slot]
     picked = gates.reshape(-1)[found.pick]
     if state.observer is not None:
         state.observer(outputs, picked, found.slot)

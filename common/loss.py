@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from proxymoe.common.context import attention_masks, rows_for
 from proxymoe.common.experts import only_valid_tokens
+from proxymoe.common.head import Head, output_head
 from proxymoe.common.moe import last_block
 from proxymoe.common.text import IGNORED, Batch
 
@@ -35,19 +37,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
         gradient = torch.zeros_like(hidden)
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            logits = F.linear(hidden[rows], head).float()
-            log_probs = F.log_softmax(logits, dim=-1)
+            log_probs = F.log_softmax(head.logits(hidden[rows]), dim=-1)
             goal = targets[rows]
             total += F.nll_loss(log_probs, goal, ignore_index=IGNORED, reduction="sum").double()
             slope = log_probs.exp_()
             slope[torch.arange(goal.numel()), goal.clamp_min(0)] -= 1.0
             slope.masked_fill_((goal == IGNORED)[:, None], 0.0)
-            gradient[rows] = slope.to(head.dtype) @ head
+            gradient[rows] = head.gradient(slope)
         ctx.save_for_backward(gradient)
         return total.float()
 
@@ -60,12 +61,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def predicted_states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states at the predicted positions, (N, D).
 
-    Examples that share a row do not see each other, and padding is kept out of the experts.
+    Examples of a batch do not see each other, and padding is kept out of the experts.
     """
+    batch = rows_for(model, batch)
+    mask = batch.attention_mask(model.dtype)
     with only_valid_tokens(batch.valid):
         output = model.base_model(
             input_ids=batch.tokens,
-            attention_mask=batch.attention_mask(model.dtype),
+            attention_mask=attention_masks(model, mask, batch.positions),
             position_ids=batch.positions,
             use_cache=False,
         )
@@ -81,6 +84,7 @@ def only_predicted(model: nn.Module, batch: Batch) -> Iterator[None]:
     are the same, and for short completions a twelfth of the work of six layers is not done.
     Checkpointed layers run again in the backward pass, which therefore belongs inside.
     """
+    batch = rows_for(model, batch)
     block, where = last_block(model), batch.where
     if block is None or 2 * where.numel() > batch.tokens.numel():
         yield
@@ -106,7 +110,7 @@ def only_predicted(model: nn.Module, batch: Batch) -> Iterator[None]:
 
 def completion_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean nats per completion token of the batch, differentiable; the head is frozen."""
-    head = model.get_output_embeddings().weight  # type: ignore[operator]
+    head = output_head(model)
     states = predicted_states(model, batch)
     total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         states, head, batch.targets
@@ -117,13 +121,13 @@ def completion_loss(model: nn.Module, batch: Batch) -> Tensor:
 @torch.no_grad()
 def token_quality(model: nn.Module, batches: Iterable[Batch]) -> Quality:
     """Loss and next-token accuracy over all completion tokens of the batches."""
-    head = model.get_output_embeddings().weight  # type: ignore[operator]
+    head = output_head(model)
     loss, right, count = 0.0, 0, 0
     for batch in batches:
         states = predicted_states(model, batch)
         for start in range(0, states.shape[0], CHUNK_ROWS):
             goal = batch.targets[start : start + CHUNK_ROWS]
-            logits = F.linear(states[start : start + CHUNK_ROWS], head).float()
+            logits = head.logits(states[start : start + CHUNK_ROWS])
             loss += F.cross_entropy(logits, goal, ignore_index=IGNORED, reduction="sum").item()
             right += int((logits.argmax(-1) == goal).sum())
             count += int((goal != IGNORED).sum())

@@ -30,12 +30,14 @@ COMPANIONS = (
 
 
 class Piece(BaseModel):
-    """One tensor of the base checkpoint: what it is, and the digest of its bytes."""
+    """One tensor of the base checkpoint, or an expert's part of it: what it is, and its digest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     """Name on disk."""
+    offset: int = 0
+    """First byte within the tensor on disk, where that holds all experts at once."""
     target: str
     """Name of the parameter in memory that it is, or is part of."""
     part: Part = "whole"
@@ -149,8 +151,8 @@ def _fused_shape(pieces: list[Piece], plan: Plan) -> tuple[int, ...]:
     first = pieces[0]
     if first.expert is not None:
         num_experts = len({piece.expert for piece in pieces})
-        rows, columns = first.shape
-        return (num_experts, rows * len(pieces) // num_experts, columns)
+        rows, *columns = first.shape
+        return (num_experts, rows * len(pieces) // num_experts, *columns)
     sliced = plan.router is RouterMode.SLICED and first.expert_dim is not None
     if sliced and first.layer is not None:
         kept = len(plan.layers[first.layer].kept)

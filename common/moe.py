@@ -20,8 +20,14 @@ from proxymoe.common.errors import UnsupportedModel
 ROUTER_NAMES = ("gate", "router")
 SHARED_EXPERT_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "linear_attn")
+STATE_MIXER_NAMES = ("conv", "mamba")
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "down_proj", "wo", "w2", "output_linear")
 """Leaf names of the projections that write into the residual stream."""
+NEEDS_TWO = {"group-limited": "topk_group", "sparse-mixer": "router_jitter_noise"}
+"""Routers that break with one row, by an attribute that tells them: one ranks groups by their two
+best experts, the other picks two whatever top-k says."""
+LAYOUT_FLAGS = {"has_gate": True, "has_post_expert_norm": False}
+"""What transformers' decorator says of an experts class that we can compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,8 @@ class MoELayer:
     """Index of the decoder layer in the model: the first number in the path."""
     block: nn.Module
     router_name: str
+    decoder_layer: nn.Module
+    """What the block is a child of; some families keep the shared expert there, beside it."""
 
     @property
     def router(self) -> nn.Module:
@@ -46,6 +54,11 @@ class MoELayer:
         return self.block.get_submodule("experts")
 
     @property
+    def transposed(self) -> bool:
+        """Whether the fused weights are stored as (E, in, out) instead of (E, out, in)."""
+        return bool(getattr(self.experts, "is_transposed", False))
+
+    @property
     def num_experts(self) -> int:
         """Experts held by the block at this moment: all of them, or those a plan kept."""
         return int(_parameter(self.experts, "down_proj").shape[0])
@@ -53,7 +66,7 @@ class MoELayer:
     @property
     def num_routed(self) -> int:
         """E, the experts that the router chooses among."""
-        return int(_parameter(self.router, "weight").shape[0])
+        return int(self._router_weight()[1].shape[0])
 
     @property
     def top_k(self) -> int:
@@ -67,16 +80,20 @@ class MoELayer:
     @property
     def hidden_size(self) -> int:
         """D."""
-        return int(_parameter(self.experts, "down_proj").shape[1])
+        return int(_parameter(self.experts, "down_proj").shape[2 if self.transposed else 1])
 
     @property
     def inner_size(self) -> int:
         """I."""
-        return int(_parameter(self.experts, "down_proj").shape[2])
+        return int(_parameter(self.experts, "down_proj").shape[1 if self.transposed else 2])
 
     def router_tensors(self) -> dict[str, int]:
-        """{name relative to the block: dimension indexed by expert} of every router tensor."""
-        found: dict[str, int] = {}
+        """{name relative to the block: dimension indexed by expert} of every router tensor.
+
+        That is the weight, and what else has one number per expert: a bias, wherever it hangs.
+        """
+        weight = f"{self.router_name}.{self._router_weight()[0]}"
+        found = {weight: 0}
         for prefix, module in ((f"{self.router_name}.", self.router), ("", self.block)):
             recurse = bool(prefix)
             tensors = [
@@ -84,15 +101,30 @@ class MoELayer:
                 *module.named_buffers(recurse=recurse),
             ]
             for name, tensor in tensors:
-                if self.num_routed in tensor.shape:
+                if tensor.numel() == self.num_routed and self.num_routed in tensor.shape:
                     found[prefix + name] = tensor.shape.index(self.num_routed)
         return found
 
     def shared_expert_linears(self) -> Iterator[tuple[str, nn.Linear]]:
         """(full module path, module) of every linear of the shared expert, if there is one."""
-        for child, module in self.block.named_children():
-            if child in SHARED_EXPERT_NAMES:
-                yield from _linears(f"{self.name}.{child}", module)
+        beside = self.name.rpartition(".")[0]
+        for path, owner in ((self.name, self.block), (beside, self.decoder_layer)):
+            for child, module in owner.named_children():
+                if child in SHARED_EXPERT_NAMES:
+                    yield from _linears(f"{path}.{child}", module)
+
+    def _router_weight(self) -> tuple[str, torch.Tensor]:
+        """(name relative to the router, tensor) of the one weight (E, D) that scores experts."""
+        found = [
+            (name, tensor)
+            for name, tensor in self.router.named_parameters()
+            if name.rpartition(".")[2] == "weight" and tensor.shape[1:] == (self.hidden_size,)
+        ]
+        if len(found) != 1:
+            raise UnsupportedModel(
+                f"{self.name}: router {type(self.router).__name__} has no (E, D) weight, or several"
+            )
+        return found[0]
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -110,7 +142,8 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
         number = re.search(r"\.(\d+)\.", f"{name}.")
         if number is None:
             raise UnsupportedModel(f"{name}: no layer number in the path of this MoE block")
-        layer = MoELayer(name, int(number.group(1)), block, router)
+        decoder_layer = model.get_submodule(name.rpartition(".")[0])
+        layer = MoELayer(name, int(number.group(1)), block, router, decoder_layer)
         _assert_supported(layer)
         found.append(layer)
     if not found:
@@ -129,10 +162,18 @@ def last_block(model: nn.Module) -> nn.Module | None:
 
 
 def attention_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """(full module path, module) of every linear in the model's attention modules."""
+    """(full module path, module) of every linear that mixes tokens, in attention or its stead.
+
+    Of mixers that carry a state only what goes in and comes out: the rest is not always called.
+    """
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in ATTENTION_NAMES:
+        leaf = name.rpartition(".")[2]
+        if leaf in ATTENTION_NAMES:
             yield from _linears(name, module)
+        elif leaf in STATE_MIXER_NAMES:
+            for path, linear in _linears(name, module):
+                if path in (f"{name}.in_proj", f"{name}.out_proj"):
+                    yield path, linear
 
 
 def writes_to_stream(module_path: str) -> bool:
@@ -164,24 +205,22 @@ def slice_router(layer: MoELayer, num_kept: int) -> None:
     groups are merged into one. Top-k is clamped to the rows left.
 
     Raises:
-        UnsupportedModel: one row left for a group-limited router, which ranks groups by two.
+        UnsupportedModel: one row left for a router that always looks at two.
     """
     num_routed, top_k = layer.num_routed, min(layer.top_k, num_kept)
-    if num_kept < 2 and any(hasattr(m, "topk_group") for m in (layer.router, layer.block)):
-        raise UnsupportedModel(
-            f"{layer.name}: a sliced group-limited router needs at least 2 kept experts, "
-            f"got {num_kept}; keep more, or set router = 'full'"
-        )
+    _require_sliceable(layer, num_kept)
+    owners = {layer.router, layer.block}
     for name, dim in layer.router_tensors().items():
         path, _, leaf = name.rpartition(".")
         owner = layer.block.get_submodule(path)
+        owners.add(owner)
         old = getattr(owner, leaf)
         new = old.new_empty([num_kept if i == dim else n for i, n in enumerate(old.shape)])
         if leaf in owner._parameters:
             owner.register_parameter(leaf, nn.Parameter(new, requires_grad=False))
         else:
             owner.register_buffer(leaf, new)
-    for module in (layer.router, layer.block):
+    for module in owners:
         for attribute in ("num_experts", "n_routed_experts", "num_local_experts", "out_features"):
             if getattr(module, attribute, None) == num_routed:
                 setattr(module, attribute, num_kept)
@@ -192,29 +231,54 @@ def slice_router(layer: MoELayer, num_kept: int) -> None:
             module.top_k = top_k  # type: ignore[assignment]
 
 
+def _require_sliceable(layer: MoELayer, num_kept: int) -> None:
+    for kind, attribute in NEEDS_TWO.items():
+        if num_kept < 2 and any(hasattr(m, attribute) for m in (layer.router, layer.block)):
+            raise UnsupportedModel(
+                f"{layer.name}: a sliced {kind} router needs at least 2 kept experts, "
+                f"got {num_kept}; keep more, or set router = 'full'"
+            )
+
+
 def _assert_supported(layer: MoELayer) -> None:
-    experts, router = layer.experts, layer.router
+    experts = layer.experts
+    if mixers := sorted({name for name, _ in layer.block.named_children()} & {*ATTENTION_NAMES}):
+        raise UnsupportedModel(
+            f"{layer.name}: router and experts are children of the decoder layer itself, beside "
+            f"{mixers[0]}; supported are those in a block of their own"
+        )
     parameters = dict(experts.named_parameters(recurse=False))
-    if set(parameters) != {"gate_up_proj", "down_proj"}:
+    weights = {"gate_up_proj", "down_proj"}
+    if set(parameters) not in (weights, weights | {f"{name}_bias" for name in weights}):
         raise UnsupportedModel(
-            f"{layer.name}: experts hold {sorted(parameters)}; "
-            "supported are gated experts fused as gate_up_proj and down_proj without biases"
+            f"{layer.name}: experts hold {sorted(parameters)}; supported are gated experts fused "
+            "as gate_up_proj and down_proj, with a bias each or without"
         )
-    gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
-    expected = (down.shape[0], 2 * down.shape[2], down.shape[1])
-    if down.ndim != 3 or tuple(gate_up.shape) != expected:
+    for flag, wanted in LAYOUT_FLAGS.items():
+        if getattr(experts, flag, None) is not wanted:
+            raise UnsupportedModel(
+                f"{layer.name}: experts {type(experts).__name__} with {flag}="
+                f"{getattr(experts, flag, 'unknown')}; supported is {wanted}, as transformers' "
+                "use_experts_implementation says it"
+            )
+    shapes = {name: tuple(parameters[name].shape) for name in sorted(weights)}
+    if any(len(shape) != 3 for shape in shapes.values()) or shapes != _expert_shapes(layer):
+        wanted_shapes = (
+            "(E, D, 2I) and (E, I, D)" if layer.transposed else "(E, 2I, D) and (E, D, I)"
+        )
         raise UnsupportedModel(
-            f"{layer.name}: gate_up_proj {tuple(gate_up.shape)} does not match "
-            f"down_proj {tuple(down.shape)}; expected (E, 2I, D) and (E, D, I)"
+            f"{layer.name}: gate_up_proj {shapes['gate_up_proj']} does not match "
+            f"down_proj {shapes['down_proj']}; expected {wanted_shapes}"
         )
-    for flag, wanted in (("is_transposed", False), ("is_concatenated", True)):
-        if getattr(experts, flag, wanted) is not wanted:
-            raise UnsupportedModel(f"{layer.name}: experts with {flag}={not wanted}")
-    weight = getattr(router, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-        raise UnsupportedModel(f"{layer.name}: router {type(router).__name__} has no (E, D) weight")
-    if not hasattr(experts, "act_fn"):
-        raise UnsupportedModel(f"{layer.name}: experts without an activation function act_fn")
+    _ = layer.num_routed  # refuses a router without a row per expert
+
+
+def _expert_shapes(layer: MoELayer) -> dict[str, tuple[int, ...]]:
+    """The shapes that the fused weights of this block must have, judged by `down_proj`."""
+    held, hidden, inner = layer.num_experts, layer.hidden_size, layer.inner_size
+    if layer.transposed:
+        return {"down_proj": (held, inner, hidden), "gate_up_proj": (held, hidden, 2 * inner)}
+    return {"down_proj": (held, hidden, inner), "gate_up_proj": (held, 2 * inner, hidden)}
 
 
 def _parameter(module: nn.Module, name: str) -> torch.Tensor:

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm as Stock
+
+from proxymoe.common.attention import same_operations
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -35,9 +38,14 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def install_norms(model: nn.Module) -> None:
-    """Replaces the forward of every stock RMSNorm of a frozen model; other norms stay."""
+    """Replaces the forward of every RMSNorm of a frozen model that computes like the stock one.
+
+    Many families carry their own copy of it, and some a variant, which stays.
+    """
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        if hasattr(module, "variance_epsilon") and same_operations(
+            type(module).forward, Stock.forward
+        ):
             module.forward = partial(_forward, module)
 
 

@@ -153,7 +153,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     Rows are as long as the longest example or MIN_ROW; examples go, longest first, into the first
     row with room. Packing wastes few tokens whatever the lengths, so batches can be random.
     """
-    return _packed(*_first_fit(examples))
+    return packed(*_first_fit(examples))
 
 
 def shuffled_batches(
@@ -178,7 +178,7 @@ def packed_batches(examples: Sequence[Example], max_tokens: int = TOKENS_PER_BAT
     """
     rows, length = _first_fit(examples)
     count = max(1, max_tokens // length)
-    return [_packed(rows[i : i + count], length) for i in range(0, len(rows), count)]
+    return [packed(rows[i : i + count], length) for i in range(0, len(rows), count)]
 
 
 def _first_fit(examples: Sequence[Example]) -> tuple[list[list[Example]], int]:
@@ -198,7 +198,8 @@ def _first_fit(examples: Sequence[Example]) -> tuple[list[list[Example]], int]:
     return rows, length
 
 
-def _packed(rows: list[list[Example]], length: int) -> Batch:
+def packed(rows: list[list[Example]], length: int) -> Batch:
+    """The batch with these examples in each row of `length` tokens."""
     tokens, positions, owners = torch.zeros(3, len(rows), length, dtype=torch.long).unbind()
     where: list[int] = []
     targets: list[int] = []

@@ -1,27 +1,24 @@
 """The base model on the server's disk: its pieces, its MoE layers, its digest.
 
-The conversion from names on disk to names in memory is transformers' own, so it follows every
-family; what we add is the role of each tensor: trunk, router, or a part of one expert.
+Names on disk become names in memory, and each tensor gets its role, in `server/roles.py`.
 """
 
 import json
-import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from proxymoe.common.checkpoint import WEIGHTS, Checkpoint, tensor_from
 from proxymoe.common.errors import CheckpointError, PlanError, UnsupportedModel
 from proxymoe.common.files import canonical_json, digest_of, write_json
-from proxymoe.common.manifest import COMPANIONS, Manifest, Part, Piece, materialise, read_config
-from proxymoe.common.moe import MoELayer, moe_layers
+from proxymoe.common.head import output_head
+from proxymoe.common.manifest import COMPANIONS, Manifest, Piece, materialise, read_config
+from proxymoe.common.moe import moe_layers
 from proxymoe.common.plan import Plan, keep_all
+from proxymoe.server.roles import Roles
 
 
 class BaseCheckpoint:
@@ -38,10 +35,21 @@ class BaseCheckpoint:
     def __init__(self, folder: Path, cache: Path | None = None) -> None:
         self.folder = folder
         self.config = read_config(folder)
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise UnsupportedModel(
+                f"{folder}: the weights are quantised ({self.config.model_type}); "
+                "store them in bf16 first, plans and merges need the numbers themselves"
+            )
         self.checkpoint = Checkpoint(folder)
         self.skeleton = meta_model(self.config)
         self.layers = {layer.position: layer for layer in moe_layers(self.skeleton)}
-        _require_plain_head(self.skeleton)
+        for layer in self.layers.values():
+            if layer.num_routed != layer.num_experts:
+                raise UnsupportedModel(
+                    f"{layer.name}: the router chooses among {layer.num_routed}, and there are "
+                    f"{layer.num_experts} experts; supported is a router with a row per expert"
+                )
+        output_head(self.skeleton)  # refuses one that losses cannot be computed with
         self.pieces = self._cached_pieces(cache)
         # Sorted, so that it does not matter how the checkpoint is cut into shards.
         entries = [[p.target, p.expert or 0, p.part, p.digest] for p in self.pieces]
@@ -127,7 +135,7 @@ class BaseCheckpoint:
 
     def read_piece(self, piece: Piece) -> bytes:
         """The bytes of a piece, straight from the checkpoint."""
-        return self.checkpoint.read_bytes(piece.source)
+        return self.checkpoint.read_bytes(piece.source, piece.offset, piece.num_bytes)
 
     def read_companion(self, name: str) -> bytes:
         """The bytes of a small file beside the weights."""
@@ -147,7 +155,7 @@ class BaseCheckpoint:
         return pieces
 
     def _pieces(self) -> Iterator[Piece]:
-        roles = _Roles(self.skeleton, self.config, list(self.layers.values()))
+        roles = Roles(self.skeleton, self.config, list(self.layers.values()))
         found: set[str] = set()
         for name, place in self.checkpoint.ranges.items():
             role = roles.of(name)
@@ -164,101 +172,13 @@ class BaseCheckpoint:
                 raise CheckpointError(
                     f"{self.folder}: tensor {name} holds NaN or infinity; fetch it again"
                 )
-            found.add(f"{role['target']} {role.get('expert', '')} {role.get('part', '')}")
-            yield Piece(
-                source=name,
-                dtype=place.dtype,
-                shape=place.shape,
-                num_bytes=place.num_bytes,
-                digest=digest_of(content),
-                **role,
-            )
+            found |= roles.provides(role)
+            yield from role.pieces(name, place, content)
         if missing := sorted(roles.required() - found):
             raise CheckpointError(
                 f"{self.folder}: {len(missing)} tensors are missing, the first is {missing[0]}; "
                 "is a shard absent, or config.json of another model?"
             )
-
-
-class _Roles:
-    """Which parameter, and which part of it, each tensor on disk is."""
-
-    def __init__(
-        self, model: PreTrainedModel, config: PretrainedConfig, layers: list[MoELayer]
-    ) -> None:
-        mapping = get_model_conversion_mapping(model)
-        self.renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
-        self.converters = [item for item in mapping if isinstance(item, WeightConverter)]
-        self.prefix = model.base_model_prefix
-        self.state = dict(model.state_dict())
-        self.tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
-        self.experts = {
-            f"{layer.name}.experts.{leaf}": layer
-            for layer in layers
-            for leaf in ("gate_up_proj", "down_proj")
-        }
-        self.routers = {
-            f"{layer.name}.{name}": (layer, dim)
-            for layer in layers
-            for name, dim in layer.router_tensors().items()
-        }
-
-    def of(self, name: str) -> dict[str, Any] | None:
-        """Fields of the Piece that this disk tensor is; None for what the model never loads."""
-        target, pattern = rename_source_key(
-            name, self.renamings, self.converters, self.prefix, self.state
-        )
-        if target not in self.state and name in self.state:
-            target, pattern = name, None
-        if target not in self.state or target in self.tied:
-            return None
-        if target in self.routers:
-            layer, dim = self.routers[target]
-            return {"target": target, "layer": layer.position, "expert_dim": dim}
-        if target in self.experts:
-            number = re.search(r"experts\.(\d+)\.", name)
-            if number is None or pattern is None:
-                raise UnsupportedModel(
-                    f"{name}: experts stored fused on disk are not supported yet"
-                )
-            parts: tuple[Part, ...] = ("down",)
-            if target.endswith("gate_up_proj"):
-                parts = ("gate", "up")
-            converter = next(c for c in self.converters if pattern in c.source_patterns)
-            part = parts[converter.source_patterns.index(pattern)]
-            position = self.experts[target].position
-            return {
-                "target": target,
-                "part": part,
-                "layer": position,
-                "expert": int(number.group(1)),
-            }
-        return {"target": target}
-
-    def shape(self, role: dict[str, Any]) -> tuple[int, ...]:
-        """Shape on disk of the tensor with this role."""
-        whole = tuple(self.state[role["target"]].shape)
-        if "part" not in role:
-            return whole
-        _, rows, columns = whole
-        return (rows if role["part"] == "down" else rows // 2, columns)
-
-    def required(self) -> set[str]:
-        """Keys, as made in `BaseCheckpoint._pieces`, of everything the model cannot do without."""
-        keys = set()
-        for target in self.state:
-            if target in self.tied:
-                continue
-            if target not in self.experts:
-                keys.add(f"{target}  ")
-                continue
-            parts = ("gate", "up") if target.endswith("gate_up_proj") else ("down",)
-            keys |= {
-                f"{target} {expert} {part}"
-                for expert in range(self.experts[target].num_routed)
-                for part in parts
-            }
-        return keys
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -272,18 +192,3 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             f"{config.model_type}: no causal language model ({reason})"
         ) from error
     return model
-
-
-def _require_plain_head(model: PreTrainedModel) -> None:
-    """Losses are computed from the head's weight alone: logits must be that, and nothing else."""
-    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-    settings = {name: getattr(model.config, name, None) for name in names}
-    extras = [f"{name}={value}" for name, value in settings.items() if value not in (None, 1.0)]
-    head = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        extras.append("bias")
-    if head is None or extras:
-        raise UnsupportedModel(
-            f"{type(model).__name__}: supported is a plain output head, found an output head with "
-            f"{', '.join(extras) or 'no weight'}"
-        )

@@ -38,9 +38,11 @@ def merge(
     """
     if target.exists():
         raise CheckpointError(f"{target} exists; merge into a new folder")
-    deltas = _Deltas(layout, vector)
+    deltas = _Deltas(base, layout, vector)
     deltas.require(base)
-    pieces = {piece.source: piece for piece in base.pieces}
+    pieces: dict[str, list[Piece]] = {}
+    for piece in base.pieces:
+        pieces.setdefault(piece.source, []).append(piece)
     shards: dict[str, dict[str, TensorRange]] = {}
     for name, place in base.checkpoint.ranges.items():
         shards.setdefault(place.file, {})[name] = place
@@ -52,7 +54,7 @@ def merge(
         progress(done, len(shards))
         if not (partial / file).exists():
             specs = {name: (place.dtype, place.shape) for name, place in places.items()}
-            contents = (_merged(base, name, pieces.get(name), deltas) for name in places)
+            contents = (_merged(base, name, pieces.get(name, []), deltas) for name in places)
             write_checkpoint(partial / file, specs, contents)
     for name in ("config.json", INDEX, *COMPANIONS):
         if (base.folder / name).exists():
@@ -65,8 +67,14 @@ def merge(
 class _Deltas:
     """The adapter's blocks by the parameter they change."""
 
-    def __init__(self, layout: AdapterLayout, vector: Tensor) -> None:
+    def __init__(self, base: BaseCheckpoint, layout: AdapterLayout, vector: Tensor) -> None:
         self.layout = layout
+        self._transposed = {
+            f"{layer.name}.experts.{leaf}"
+            for layer in base.layers.values()
+            if layer.transposed
+            for leaf in ("gate_up_proj", "down_proj")
+        }
         self._blocks: dict[tuple[str, int | None], tuple[Block, Tensor]] = {}
         for block, trained in zip(layout.blocks, layout.trained_factors(vector), strict=True):
             parameter = block.module if block.expert is not None else f"{block.module}.weight"
@@ -74,10 +82,10 @@ class _Deltas:
 
     def require(self, base: BaseCheckpoint) -> None:
         """Raises LayoutMismatch unless every block changes a weight of this base model."""
-        shapes = {(p.target, p.expert): p.shape for p in base.pieces}
+        pieces = {(p.target, p.expert): p for p in base.pieces}
         for key, (block, _) in self._blocks.items():
-            fused = 2 if block.module.endswith(".gate_up_proj") else 1
-            if shapes.get(key) != (block.out_features // fused, block.in_features):
+            piece = pieces.get(key)
+            if piece is None or piece.shape != tuple(self._part(piece, _shape_of(block)).shape):
                 raise LayoutMismatch(
                     f"{block.module} ({block.out_features} from {block.in_features}) is no weight "
                     f"of base model {base.digest[:12]}; the adapter is for another one"
@@ -89,20 +97,35 @@ class _Deltas:
         if found is None:
             return None
         block, trained = found
-        delta = delta_weight(block, trained, self.layout.rank, self.layout.seed)
+        return self._part(piece, delta_weight(block, trained, self.layout.rank, self.layout.seed))
+
+    def _part(self, piece: Piece, delta: Tensor) -> Tensor:
+        """What of ΔW (out, in) concerns this piece, as the piece is stored."""
         if piece.part in ("gate", "up"):
             gate, up = delta.chunk(2, dim=0)
             return gate if piece.part == "gate" else up
-        return delta
+        return delta.T if piece.target in self._transposed else delta
 
 
-def _merged(base: BaseCheckpoint, name: str, piece: Piece | None, deltas: _Deltas) -> bytes:
-    content = base.checkpoint.read_bytes(name)
-    delta = deltas.of(piece) if piece is not None else None
-    if delta is None or piece is None:
+def _merged(base: BaseCheckpoint, name: str, pieces: list[Piece], deltas: _Deltas) -> bytes:
+    if not pieces:
+        return base.checkpoint.read_bytes(name)
+    return b"".join(_merged_piece(base, piece, deltas.of(piece)) for piece in pieces)
+
+
+def _merged_piece(base: BaseCheckpoint, piece: Piece, delta: Tensor | None) -> bytes:
+    content = base.read_piece(piece)
+    if delta is None:
         return content
     weight = tensor_from(content, piece.dtype, piece.shape)
     merged = (weight.float() + delta).to(weight.dtype)
     if not bool(torch.isfinite(merged).all()):
-        raise CheckpointError(f"{name} is not finite after the merge; is the adapter damaged?")
+        raise CheckpointError(
+            f"{piece.source} is not finite after the merge; is the adapter damaged?"
+        )
     return bytes_of(merged)
+
+
+def _shape_of(block: Block) -> Tensor:
+    """ΔW of a block without its numbers."""
+    return torch.empty(block.out_features, block.in_features, device="meta")

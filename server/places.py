@@ -26,7 +26,8 @@ class Places(Mapping[str, BlobPlace]):
         self._fixed: dict[str, BlobPlace] = {}
         for piece in base.pieces:
             found = base.checkpoint.ranges[piece.source]
-            place = BlobPlace(base.folder / found.file, found.offset, found.num_bytes)
+            first = found.offset + piece.offset
+            place = BlobPlace(base.folder / found.file, first, piece.num_bytes)
             self._fixed[piece.digest] = place
         companions = base.manifest(base.keep_all()).companions
         files = {digest: base.folder / name for name, digest in companions.items()}

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proxymoe.common.errors import DataError
+from proxymoe.common.context import attention_masks, carries_state
+from proxymoe.common.errors import DataError, UnsupportedModel
 from proxymoe.common.experts import only_valid_tokens
+from proxymoe.common.head import output_head
 from proxymoe.common.loss import Quality
 from proxymoe.common.model import LoadedModel
 from proxymoe.common.text import TOKENS_PER_BATCH, Example
@@ -80,7 +82,13 @@ def ranked_quality(
 
     Raises:
         DataError: a right completion is no candidate.
+        UnsupportedModel: layers carry a state along the row, past what a mask hides.
     """
+    if carries_state(loaded.model):
+        raise UnsupportedModel(
+            f"{type(loaded.model).__name__}: answers are ranked as a tree in one row, and layers "
+            "that carry a state along the row cannot branch; use data without given answers"
+        )
     tree = AnswerTree.of(candidates)
     gold_of = {candidate: i for i, candidate in enumerate(candidates)}
     for example in examples:
@@ -134,13 +142,15 @@ def _scores(
     mask.masked_fill_(~sees[:, None], torch.finfo(dtype).min)
     with only_valid_tokens(valid):
         hidden = model.base_model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+            input_ids=tokens,
+            attention_mask=attention_masks(model, mask, positions),
+            position_ids=positions,
+            use_cache=False,
         ).last_hidden_state
     ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
     last = hidden[torch.arange(count), ends][:, None]
     states = torch.cat([last, hidden[:, nodes]], dim=1)
-    head = model.get_output_embeddings().weight
-    log_probs = F.log_softmax(F.linear(states, head).float(), dim=-1)
+    log_probs = F.log_softmax(output_head(model).logits(states), dim=-1)
     steps = [(c, node, token) for c, path in enumerate(tree.paths) for node, token in path]
     owner, node, token = (torch.tensor(column) for column in zip(*steps, strict=True))
     picked = log_probs[:, node, token]

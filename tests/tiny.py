@@ -50,6 +50,22 @@ DENSE_FIRST = {
     "moe_intermediate_size": 32,
     "n_routed_experts": 8,
 }
+GROUPED = {
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    **DENSE_FIRST,
+}
+GRANITE = {
+    "intermediate_size": 48,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "logits_scaling": 4.0,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": (
         "Qwen2Moe",
@@ -106,6 +122,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
             "head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
     "phimoe": (
@@ -115,9 +134,84 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
             "lm_head_bias": True,
+            "attention_bias": True,
+            "input_jitter_noise": 0.1,
         },
     ),
     "llama": ("Llama", {"intermediate_size": 96}),
+    "glm4_moe": ("Glm4Moe", {"head_dim": 16, "use_qk_norm": True, **GROUPED}),
+    "dots1": ("Dots1", {"head_dim": 16, **GROUPED}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {
+            "num_hidden_layers": 3,
+            "moe_layer_start_index": 1,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "moe_num_experts": 8,
+            "moe_num_shared_experts": 2,
+            "moe_k": 3,
+        },
+    ),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1",
+        {"intermediate_size": 32, "num_experts": 8, "moe_topk": 2, "head_dim": 16},
+    ),
+    "minimax": (
+        "MiniMax",
+        {
+            "intermediate_size": 48,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "block_size": 16,
+            "mlp_alpha_factor": 1.5,
+            "router_jitter_noise": 0.1,
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "head_dim": 16,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+        },
+    ),
+    "granitemoe": ("GraniteMoe", GRANITE),
+    "granitemoeshared": ("GraniteMoeShared", {"shared_intermediate_size": 40, **GRANITE}),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "conv", "full_attention"],
+            "num_dense_layers": 1,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "jamba": (
+        "Jamba",
+        {
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "intermediate_size": 48,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
 }
 
 
@@ -138,13 +232,17 @@ def _random_model(family: str, **changes: Any) -> PreTrainedModel:
     config = getattr(transformers, f"{name}Config")(**{**SHARED, **own, **changes})
     model: PreTrainedModel = getattr(transformers, f"{name}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(1)
+    constants = {name for name, _ in model.named_buffers() if "bias" not in name}
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
+            if name in constants:
+                continue
             noise = torch.randn(tensor.shape, generator=generator)
             if "bias" in name:
                 tensor.copy_(0.05 * noise)
             elif tensor.ndim == 1:
-                tensor.copy_(1.0 + 0.1 * noise)
+                # Norms begin at one, those that add one themselves at zero.
+                tensor.copy_(float(tensor.any()) + 0.1 * noise)
             else:
                 tensor.copy_(0.15 * noise)
     model.requires_grad_(False).eval()

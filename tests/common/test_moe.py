@@ -67,15 +67,25 @@ def test_a_dense_model_is_refused():
         moe_layers(tiny_model("llama"))
 
 
-def test_experts_with_biases_are_refused_by_name():
+def test_experts_with_half_their_biases_are_refused_by_name():
+    model = tiny_model("gpt_oss")
+    del model.model.layers[0].mlp.experts.down_proj_bias
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.mlp.*gate_up_proj_bias"):
-        moe_layers(tiny_model("gpt_oss"))
+        moe_layers(model)
 
 
-def test_transposed_experts_are_refused_by_flag():
+def test_experts_that_say_they_are_transposed_and_are_not_are_refused():
     model = tiny_model("mixtral")
     model.model.layers[1].mlp.experts.is_transposed = True
-    with pytest.raises(UnsupportedModel, match=r"layers\.1.*is_transposed=True"):
+    with pytest.raises(UnsupportedModel, match=r"layers\.1.*expected \(E, D, 2I\) and \(E, I, D\)"):
+        moe_layers(model)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("has_gate", False), ("has_post_expert_norm", True)])
+def test_experts_that_compute_something_else_are_refused_by_flag(flag, value):
+    model = tiny_model("mixtral")
+    setattr(model.model.layers[1].mlp.experts, flag, value)
+    with pytest.raises(UnsupportedModel, match=rf"layers\.1.*MixtralExperts with {flag}={value}"):
         moe_layers(model)
 
 

@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from proxymoe.common.checkpoint import INDEX, WEIGHTS
 from proxymoe.common.errors import CheckpointError, PlanError, UnsupportedModel
+from proxymoe.common.files import digest_of
 from proxymoe.common.plan import LayerPlan, Plan
 from proxymoe.server.base import BaseCheckpoint
+from proxymoe.server.places import Places
 from tests.tiny import save_tiny, tiny_model
 
 
@@ -155,8 +157,6 @@ def test_tensors_that_the_model_never_loads_are_left_out(qwen, copy):
     ("family", "reason"),
     [
         ("llama", "LlamaForCausalLM has no mixture-of-experts"),
-        ("gpt_oss", "gate_up_proj_bias"),
-        ("phimoe", "PhimoeForCausalLM: .*output head with bias"),
     ],
 )
 def test_families_that_do_not_fit_are_refused_by_name(tmp_path, family, reason):
@@ -165,10 +165,46 @@ def test_families_that_do_not_fit_are_refused_by_name(tmp_path, family, reason):
         BaseCheckpoint(folder)
 
 
-def test_experts_fused_on_disk_are_refused_by_name(qwen, copy):
+def test_experts_fused_on_disk_are_cut_into_byte_ranges(qwen, copy, tmp_path):
     (copy / WEIGHTS).unlink()
     tiny_model("qwen2_moe").save_pretrained(copy, save_original_format=False)
-    with pytest.raises(UnsupportedModel, match=r"experts.*fused on disk are not supported"):
+    fused = BaseCheckpoint(copy)
+    assert fused.num_bytes == qwen.base.num_bytes
+    assert fused.expert_bytes == qwen.base.expert_bytes
+    layers = {at: LayerPlan(num_experts=8, kept=(0, 3, 7)) for at in (0, 1)}
+    found, expected = (
+        base.materialise(Plan(base=base.digest, layers=layers), tmp_path / str(i)) / WEIGHTS
+        for i, base in enumerate((fused, qwen.base))
+    )
+    ours, theirs = load_file(found), load_file(expected)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_part_of_a_fused_tensor_is_served_from_its_own_place(copy, tmp_path):
+    (copy / WEIGHTS).unlink()
+    tiny_model("qwen2_moe").save_pretrained(copy, save_original_format=False)
+    fused = BaseCheckpoint(copy)
+    places = Places(fused, tmp_path / "blobs", None)
+    for piece in fused.pieces:
+        place = places[piece.digest]
+        content = place.path.read_bytes()[place.offset : place.offset + place.num_bytes]
+        assert digest_of(content) == piece.digest
+
+
+def test_a_fused_tensor_that_is_missing_is_named(copy):
+    (copy / WEIGHTS).unlink()
+    tiny_model("qwen2_moe").save_pretrained(copy, save_original_format=False)
+    rewrite(copy, lambda tensors: tensors.pop("model.layers.1.mlp.experts.down_proj"))
+    with pytest.raises(CheckpointError, match=r"8 tensors are missing, the first is .*down_proj 0"):
+        BaseCheckpoint(copy)
+
+
+def test_quantised_weights_are_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match="the weights are quantised"):
         BaseCheckpoint(copy)
 
 
