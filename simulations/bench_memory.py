@@ -108,6 +108,7 @@ def growth(name: str, taken: list[float]) -> dict[str, Any]:
         "last_mb": steady[-1],
         "largest_mb": max(taken),
         "kb_per_round": 1e3 * slope,
+        "all_mb": taken,
     }
 
 
