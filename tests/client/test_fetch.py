@@ -414,11 +414,12 @@ def test_two_processes_that_want_the_same_fetch_it_once(store, tmp_path):
 def test_an_interrupt_ends_all_streams_soon_and_keeps_what_came(store, tmp_path):
     files = BlobFiles(tmp_path / "shard", *contents(*[40 * CHUNK] * 3))
     slow = BlobLimits(chunk_bytes=CHUNK, bytes_per_second=20 * CHUNK, burst_bytes=6 * CHUNK)
-    told = []
+    told, once = [], threading.Lock()
 
     def progress(done, _):
         told.append(done)
-        if done == 5 * CHUNK:
+        # Of several streams, two may add before either tells: no number is sure to be told.
+        if done >= 5 * CHUNK and once.acquire(blocking=False):
             os.kill(os.getpid(), signal.SIGINT)
 
     with (
@@ -428,4 +429,4 @@ def test_an_interrupt_ends_all_streams_soon_and_keeps_what_came(store, tmp_path)
         bring(store, files, site.connector(), pause=time.sleep, progress=progress)
     assert store.lacking(files.needs) == files.needs, "it did not wait for the rest"
     parts = (tmp_path / "store" / "partial" / digest for digest in files)
-    assert sum(part.stat().st_size for part in parts) == told[-1]
+    assert sum(part.stat().st_size for part in parts) == max(told)
