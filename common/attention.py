@@ -106,12 +106,13 @@ def install_attention(model: PreTrainedModel) -> None:
 
 def same_operations(one: Any, other: Any) -> bool:
     """Whether two Python functions compile to the same operations on the same names."""
-    first, second = (
-        (code.co_code, code.co_names, code.co_consts) if code is not None else function
-        for function in (one, other)
-        for code in [getattr(function, "__code__", None)]
-    )
-    return bool(first == second)
+    return bool(_operations(one) == _operations(other))
+
+
+def _operations(function: Any) -> Any:
+    """What a Python function does; anything else is only equal to itself."""
+    code = getattr(function, "__code__", None)
+    return function if code is None else (code.co_code, code.co_names, code.co_consts)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

@@ -188,7 +188,8 @@ class RoundEngine:
         state = self._store.state(now.number, now.version)
         size = min(self._federation.settings.cohort_size or len(now.cohort), len(now.cohort))
         waits = _Waiting(self._rules, self._rules.needed(size), self._clock())
-        outstanding = set(now.cohort) - self._store.updates(now.number).keys()
+        arrived = self._store.updates(now.number).keys()
+        outstanding = set(now.cohort) - arrived
         if now.phase is Phase.DISTRIBUTING:
             now = self._enter(now, Phase.TRAINING)
         while outstanding:
@@ -196,20 +197,20 @@ class RoundEngine:
             tasks = tasks_of(self._federation, state, asked)
             for answer in self._transport.exchange(tasks) if tasks else ():
                 # A late reply is one to another task, and who was refused is not asked again.
-                if answer is not None and self.receive(now, *answer) is not Receipt.LATE:
-                    outstanding.discard(answer[0])
-                num_arrived = len(self._store.updates(now.number))
-                if now.phase is Phase.TRAINING and num_arrived >= waits.needed:
+                if answer is not None:
+                    if self.receive(now, *answer) is not Receipt.LATE:
+                        outstanding.discard(answer[0])
+                    arrived = self._store.updates(now.number).keys()
+                if now.phase is Phase.TRAINING and len(arrived) >= waits.needed:
                     now = self._enter(now, Phase.COLLECTING)
-                if not outstanding or waits.left(num_arrived, self._clock()) <= 0:
+                if not outstanding or waits.left(len(arrived), self._clock()) <= 0:
                     break
-            left = waits.left(len(self._store.updates(now.number)), self._clock())
+            left = waits.left(len(arrived), self._clock())
             if not outstanding or left <= 0:
                 break
             self._pause(min(left, self._rules.asking_seconds))
-        num_arrived = len(self._store.updates(now.number))
-        if num_arrived < waits.needed:
-            reason = f"{num_arrived} updates of {len(now.cohort)} devices, {waits.needed} needed"
+        if len(arrived) < waits.needed:
+            reason = f"{len(arrived)} updates of {len(now.cohort)} devices, {waits.needed} needed"
             self._enter(now, Phase.ABANDONED, reason=reason)
             return
         self._aggregate(now, state)

@@ -16,6 +16,7 @@ from proxymoe.common.adapter import AdapterLayout
 from proxymoe.common.errors import ConfigError, ProtocolError
 from proxymoe.common.privacy import Mechanism, PrivacySettings, Protected, Span
 from proxymoe.server.aggregate import BlockSum, Summation
+from proxymoe.server.round import Federation
 from proxymoe.server.spending import Budget, Release
 
 Spend = Callable[[Iterable[str]], None]
@@ -26,20 +27,18 @@ ATTEMPT = 0
 
 def release_of(
     settings: PrivacySettings,
-    *,
-    run: str,
+    federation: Federation,
     number: int,
-    clip_norm: float,
     noise_multiplier: float,
     devices: Iterable[str],
 ) -> Release:
     """What round `number` releases about these devices, as `spending.reserve` keeps it."""
     return Release(
-        run=run,
+        run=federation.run,
         round=number,
         attempt=ATTEMPT,
         mode=settings.mode.value,
-        clip_norm=clip_norm,
+        clip_norm=federation.settings.clip_norm,
         noise_multiplier=noise_multiplier,
         devices=tuple(sorted(devices)),
     )

@@ -101,19 +101,11 @@ def summations(
     if privacy.mode is Mode.CLIP_ONLY:
         return lambda _: PlainSum(layout)
     z = promised(settings, privacy, layout, federation.members).noise_multiplier
-    clip_norm = settings.federation.clip_norm
-    mechanism = privacy.mechanism(clip_norm, len(federation.members), z)
+    mechanism = privacy.mechanism(federation.settings.clip_norm, len(federation.members), z)
 
     def summation_of(number: int) -> Summation:
         def spend(devices: Iterable[str]) -> None:
-            release = release_of(
-                privacy,
-                run=federation.run,
-                number=number,
-                clip_norm=clip_norm,
-                noise_multiplier=z,
-                devices=devices,
-            )
+            release = release_of(privacy, federation, number, z, devices)
             now, told = time.time(), {"round": number, "noise_multiplier": z}
             with store.change(now, "privacy", **told, devices=list(release.devices)) as database:
                 reserve(database, now, release, budget_of(privacy))

@@ -22,13 +22,12 @@ from proxymoe.client.policy import load_policy, policy_text
 from proxymoe.common.config import Experiment
 from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.files import write_bytes
-from proxymoe.common.offline import OFFLINE
+from proxymoe.common.offline import LOOPBACK, OFFLINE
 from proxymoe.server.begin import shared_with
 from proxymoe.server.settings import RunDirectory
 from proxymoe.server.status import rounds, status
 from proxymoe.simulations.site import VirtualDevice, asset, virtual_devices
 
-LOOPBACK = "127.0.0.1"
 PORTS = ("gateway_port", "blob_port", "status_port", "superlink_port")
 CALM_SECONDS = 0.5
 STOP_SECONDS = 60.0

@@ -124,16 +124,10 @@ class Summing:
     def _spend(self, number: int, names: Iterable[str]) -> None:
         if self.records is None:
             return
-        release = release_of(
-            self.experiment.privacy,
-            run=self.federation.run,
-            number=number,
-            clip_norm=self.federation.settings.clip_norm,
-            noise_multiplier=self.price.noise_multiplier,
-            devices=names,
-        )
+        privacy, z = self.experiment.privacy, self.price.noise_multiplier
+        release = release_of(privacy, self.federation, number, z, names)
         with self._database() as database, database:
-            spending.reserve(database, time.time(), release, budget_of(self.experiment.privacy))
+            spending.reserve(database, time.time(), release, budget_of(privacy))
 
     def _database(self) -> contextlib.closing[sqlite3.Connection]:
         assert self.records is not None

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch.func import functional_call
 
 from proxymoe.client.train import tune
-from proxymoe.common.adapter import adapter_layout, delta_weight
+from proxymoe.common.adapter import adapter_layout
 from proxymoe.common.attach import AttachedAdapter
 from proxymoe.common.checkpoint import WEIGHTS, read_tensors, write_tensors
 from proxymoe.common.config import TrainSettings
@@ -27,11 +27,12 @@ from proxymoe.common.model import OFFSETS_FILE, load
 from proxymoe.common.moe import attention_linears, moe_layers, slice_router, writes_to_stream
 from proxymoe.common.peft_format import export_peft, import_peft
 from proxymoe.common.plan import LayerPlan, Others, Plan, RouterMode
-from proxymoe.common.text import Example, collate
+from proxymoe.common.text import collate
 from proxymoe.server.base import BaseCheckpoint, meta_model
 from proxymoe.server.merge import merge
 from proxymoe.server.profile import profile_domain
 from tests.families import MORE_FAMILIES
+from tests.reference import LENGTHS, examples_of, mean_loss_alone, merged_weights
 from tests.tiny import (
     assert_near,
     logits,
@@ -42,7 +43,6 @@ from tests.tiny import (
 
 KEPT = (1, 2, 4, 7)
 OTHERS = tuple(expert for expert in range(8) if expert not in KEPT)
-LENGTHS = [(30, 1), (41, 33), (9, 4), (5, 4)]
 
 EXPECTED = {
     # family: (decoder layers, block, K, I, {router tensor: dimension of the experts}, shared)
@@ -87,11 +87,6 @@ def random_vector(layout):
     return 0.1 * torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
 
 
-def examples_of(lengths=LENGTHS):
-    tokens = some_tokens(len(lengths), max(length for length, _ in lengths)).tolist()
-    return [Example(tuple(t[:n]), at) for t, (n, at) in zip(tokens, lengths, strict=True)]
-
-
 def one_expert(experts, expert, hidden):
     """(T, D) outputs of one expert before gating, written out."""
     gate_up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
@@ -126,21 +121,6 @@ def replaced(model, contribution):
     for layer in moe_layers(other):
         layer.experts.forward = forward_of(layer)
     return logits(other)
-
-
-def merged_weights(network, layout, vector):
-    """W + ΔW by name, differentiable in the vector."""
-    own = dict(network.named_parameters())
-    transposed = {f"{at.name}.experts": at.transposed for at in moe_layers(network)}
-    weights, stacks = dict[str, torch.Tensor](), dict[str, list[torch.Tensor]]()
-    for block, trained in zip(layout.blocks, layout.trained_factors(vector), strict=True):
-        delta = delta_weight(block, trained, layout.rank, layout.seed)
-        if block.expert is None:
-            weights[f"{block.module}.weight"] = own[f"{block.module}.weight"] + delta
-        else:
-            turned = transposed[block.module.rpartition(".")[0]]
-            stacks.setdefault(block.module, []).append(delta.T if turned else delta)
-    return weights | {name: own[name] + torch.stack(parts) for name, parts in stacks.items()}
 
 
 SMALL: dict[str, Any] = {
@@ -297,18 +277,11 @@ def test_padding_never_changes_a_valid_token(model):
 
 
 def test_the_loss_is_that_of_every_example_alone(model):
-    total, count = torch.zeros(()), 0
-    for example in examples_of():
-        tokens = torch.tensor([example.tokens])
-        scores = logits(model.stock, tokens)[0, example.start - 1 : -1]
-        total += F.cross_entropy(scores, tokens[0, example.start :], reduction="sum")
-        count += example.num_targets
     batch = collate(examples_of())
     assert batch.tokens.shape[0] < len(LENGTHS)
-    assert_near(completion_loss(model.full.model, batch), total / count)
-    assert token_quality(model.full.model, [batch]).loss == pytest.approx(
-        float(total / count), rel=1e-5
-    )
+    expected = mean_loss_alone(model.stock, examples_of())
+    assert_near(completion_loss(model.full.model, batch), expected)
+    assert token_quality(model.full.model, [batch]).loss == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

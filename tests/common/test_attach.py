@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from proxymoe.common.adapter import AdapterLayout, adapter_layout, delta_weight
+from proxymoe.common.adapter import AdapterLayout, adapter_layout
 from proxymoe.common.attach import AttachedAdapter
 from proxymoe.common.errors import LayoutMismatch
 from proxymoe.common.model import load
 from proxymoe.common.plan import LayerPlan, Plan
+from tests.reference import merged_weights
 from tests.tiny import TinyBase, assert_near, logits, some_tokens
 
 ALL = ("attention", "shared", "experts")
@@ -27,15 +28,7 @@ def merged_logits(model, layout, vector, silent=()):
 
     The down projections of `silent` experts are zero.
     """
-    own = dict(model.named_parameters())
-    weights, stacks = dict[str, torch.Tensor](), dict[str, list[torch.Tensor]]()
-    for block, trained in zip(layout.blocks, layout.trained_factors(vector), strict=True):
-        delta = delta_weight(block, trained, layout.rank, layout.seed)
-        if block.expert is None:
-            weights[f"{block.module}.weight"] = own[f"{block.module}.weight"] + delta
-        else:
-            stacks.setdefault(block.module, []).append(delta)
-    weights |= {name: own[name] + torch.stack(deltas) for name, deltas in stacks.items()}
+    weights = merged_weights(model, layout, vector)
     heard = torch.tensor([expert not in silent for expert in range(8)])[:, None, None]
     weights |= {
         name: w * heard for name, w in weights.items() if name.endswith("experts.down_proj")

@@ -2,19 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from proxymoe.common.context import carries_state, rows_for
 from proxymoe.common.loss import completion_loss
-from proxymoe.common.text import IGNORED, Example, collate
-from tests.tiny import TinyBase, assert_near, logits, save_tiny, some_tokens
-
-LENGTHS = [(30, 1), (41, 33), (9, 4), (5, 4)]
-
-
-def examples_of():
-    tokens = some_tokens(len(LENGTHS), 41).tolist()
-    return [Example(tuple(t[:n]), at) for t, (n, at) in zip(tokens, LENGTHS, strict=True)]
+from proxymoe.common.text import IGNORED, collate
+from tests.reference import LENGTHS, examples_of, mean_loss_alone
+from tests.tiny import TinyBase, assert_near, save_tiny
 
 
 def test_layers_that_only_attend_share_rows(qwen):
@@ -49,11 +42,5 @@ def test_a_sliding_window_is_kept_where_examples_are_longer(tmp_path, family, ch
     folder = save_tiny(family, tmp_path / "published", **changes)
     windowed = TinyBase(family, tmp_path)
     windowed.folder = folder
-    total, count = torch.zeros(()), 0
-    for example in examples_of():
-        tokens = torch.tensor([example.tokens])
-        scores = logits(windowed.stock, tokens)[0, example.start - 1 : -1]
-        total += F.cross_entropy(scores, tokens[0, example.start :], reduction="sum")
-        count += example.num_targets
     loss = completion_loss(windowed.full.model, collate(examples_of()))
-    assert_near(loss, total / count)
+    assert_near(loss, mean_loss_alone(windowed.stock, examples_of()))
