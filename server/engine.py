@@ -196,11 +196,12 @@ class RoundEngine:
             asked = sorted(outstanding.intersection(self._known()))
             tasks = tasks_of(self._federation, state, asked)
             for answer in self._transport.exchange(tasks) if tasks else ():
-                # A late reply is one to another task, and who was refused is not asked again.
                 if answer is not None:
-                    if self.receive(now, *answer) is not Receipt.LATE:
+                    # Of all else, only what arrived counts: a duplicate may be of a round before.
+                    if self.receive(now, *answer) is Receipt.REFUSED:
                         outstanding.discard(answer[0])
                     arrived = self._store.updates(now.number).keys()
+                    outstanding -= arrived
                 if now.phase is Phase.TRAINING and len(arrived) >= waits.needed:
                     now = self._enter(now, Phase.COLLECTING)
                 if not outstanding or waits.left(len(arrived), self._clock()) <= 0:

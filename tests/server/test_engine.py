@@ -351,3 +351,16 @@ def test_who_never_answers_is_asked_until_the_deadline_and_not_after(tmp_path):
     assert clock.now == 60.0
     (only,) = RoundStore(tmp_path, federation.run, SIZE).rounds()
     assert only.phase is Phase.ABANDONED
+
+
+def test_a_duplicate_of_the_round_before_does_not_stand_for_an_answer(tmp_path):
+    federation, before = small_federation(rounds=3), dict[str, bytes]()
+
+    class Echo(InMemory):
+        def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[Answer]:
+            yield from before.items()
+            before.update({name: honest(task) for name, task in tasks.items()})
+            yield from super().exchange(tasks)
+
+    found = engine_of(tmp_path, federation, Echo()).run()
+    assert torch.equal(found.adapter, in_process(federation, 3).adapter)
