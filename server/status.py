@@ -175,6 +175,8 @@ def rounds(run: RunDirectory) -> Rounds:
     if not path.exists():
         return Rounds()
     with readable(path) as database:
+        if database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+            return Rounds()  # it is being made
         facts = dict(database.execute("SELECT key, value FROM facts").fetchall())
         entries = database.execute(
             "SELECT number, phase, version, cohort, "

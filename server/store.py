@@ -104,7 +104,9 @@ class RoundStore:
         self.database = sqlite3.connect(folder / "state.db", BUSY_SECONDS, isolation_level=None)
         self.database.execute("PRAGMA journal_mode = WAL")
         self.database.execute("PRAGMA synchronous = FULL")
-        self.database.executescript(SCHEMA + audit.SCHEMA + spending.SCHEMA)
+        # All at once: who reads meanwhile finds nothing yet, and not half of it.
+        schema = SCHEMA + audit.SCHEMA + spending.SCHEMA
+        self.database.executescript(f"BEGIN IMMEDIATE; {schema} COMMIT;")
         for key, value in {"run": run, "size": str(size), "version": "0"}.items():
             self.database.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (key, value))
         for key, wanted in {"run": run, "size": str(size)}.items():

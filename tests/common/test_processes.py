@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.common.processes import HIDDEN, Group, Guard, hide
-from tests.waiting import is_running, until
+from tests.waiting import is_running, text_of, until
 
 FAMILY = "sleep 60 & echo $!; exec sleep 60"
 """A process that starts another, which would outlive it."""
@@ -44,8 +44,7 @@ def make(tmp_path, guard):
 
 
 def printed(tmp_path, number=0):
-    path = tmp_path / f"{number}.log"
-    return path.read_text() if path.exists() else ""
+    return text_of(tmp_path / f"{number}.log")
 
 
 def grandchild(tmp_path):

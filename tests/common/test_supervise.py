@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.common.supervise import Backoff, Child, ChildFailed, Supervisor, listening
-from tests.waiting import is_running, until
+from tests.waiting import is_running, text_of, until
 
 SOON = Backoff(first_seconds=0.02, cap_seconds=0.05, healthy_seconds=60.0)
 
@@ -55,13 +55,11 @@ def running(tmp_path, *children, backoff=SOON, **kwargs):
 
 
 def printed(tmp_path, name):
-    path = tmp_path / f"{name}.log"
-    return path.read_text() if path.exists() else ""
+    return text_of(tmp_path / f"{name}.log")
 
 
 def state(tmp_path):
-    path = tmp_path / "children.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(text_of(tmp_path / "children.json") or "{}")
 
 
 def pid_of(tmp_path, name, other_than=None):
@@ -105,11 +103,9 @@ def test_what_a_dead_child_started_is_gone_before_it_comes_back(tmp_path):
     script = f"sleep 60 & echo $! >> {tmp_path}/started; exec sleep 60"
     started = tmp_path / "started"
     with running(tmp_path, shell("a", script)):
-        until(lambda: started.exists() and started.read_text())
+        until(lambda: text_of(started))
         os.kill(pid_of(tmp_path, "a"), signal.SIGKILL)
-        first, second = until(
-            lambda: started.exists() and len(found := started.read_text().split()) == 2 and found
-        )
+        first, second = until(lambda: len(found := text_of(started).split()) == 2 and found)
         assert not is_running(int(first))
         assert is_running(int(second))
     assert not is_running(int(second))

@@ -125,14 +125,14 @@ def test_the_gateway_serves_over_tls_and_ends_when_told(run):
     port = run.settings.network.gateway_port
     with subprocess.Popen(command("gateway", run), stdout=subprocess.DEVNULL) as process:
         try:
-            until(lambda: _ready(port), seconds=60)
+            until(lambda: _ready(port))
             trust = ssl.create_default_context(cafile=str(run.ca_certificate))
             answer = httpx.get(f"https://127.0.0.1:{port}/health", verify=trust, trust_env=False)
             assert answer.json() == {"status": "ok"}
             status_port = run.settings.network.status_port
             assert httpx.get(f"http://127.0.0.1:{status_port}/status").json()["run"] == "a-run"
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) in (0, -signal.SIGTERM)
+            assert process.wait(60) in (0, -signal.SIGTERM)
         finally:
             process.kill()
 

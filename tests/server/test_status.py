@@ -1,5 +1,7 @@
 """What a run directory tells, whatever runs, and whatever is damaged."""
 
+import contextlib
+import sqlite3
 import time
 
 import pytest
@@ -115,3 +117,15 @@ def test_a_damaged_database_is_named(run, store, name):
 def test_what_is_no_run_directory_is_said_to_be_none(tmp_path):
     with pytest.raises(ConfigError, match="init"):
         status(RunDirectory(tmp_path))
+
+
+def test_a_database_that_is_being_made_has_no_rounds_yet(run):
+    path = run.path / "state.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        assert rounds(run).rounds == ()
+    # With some of its tables it is damaged: they appear together.
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE rounds (number INTEGER)")
+    with pytest.raises(CheckpointError, match="restore the run directory"):
+        rounds(run)
