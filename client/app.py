@@ -1,4 +1,4 @@
-"""Flower edge of a device: two handlers that decode, call and encode.
+"""Flower edge of a device: handlers that decode, call and encode.
 
 Model code is imported when a task is answered or a device opened, and not before: a process that
 only has to say who the device is stays small.
@@ -24,10 +24,13 @@ from proxymoe.common.errors import ProtocolError
 from proxymoe.common.messages import (
     CONTENT,
     DESCRIBE,
+    LETTER,
     RECORD,
     TRAIN,
     Description,
     Refusal,
+    TrainTask,
+    address_of,
     decode,
     encode,
 )
@@ -53,7 +56,10 @@ _open: OrderedDict[tuple[int, int], "Device"] = OrderedDict()
 
 
 def client_app(
-    open_device: OpenDevice, describe: Describe | None = None, max_open: int = MAX_OPEN
+    open_device: OpenDevice,
+    describe: Describe | None = None,
+    max_open: int = MAX_OPEN,
+    answer: Callable[[bytes], bytes] | None = None,
 ) -> ClientApp:
     """A ClientApp that answers for the devices that `open_device` opens.
 
@@ -62,6 +68,7 @@ def client_app(
         describe: called when it has to say who it is; None has it opened for that, too.
         max_open: most devices that are open in a process at once; those unused for longest are
             closed.
+        answer: answers a letter of secure aggregation; None takes no part in it.
     """
     app = ClientApp()
 
@@ -80,16 +87,51 @@ def client_app(
     def train(message: Message, context: Context) -> Message:
         return _reply(message, lambda: _update(message, open_device, context, max_open))
 
+    if answer is not None:
+
+        @app.query(LETTER.partition(".")[2])
+        def letter(message: Message, context: Context) -> Message:  # noqa: ARG001  Flower's
+            return _reply(message, lambda: ConfigRecord({CONTENT: answer(_content(message))}))
+
     return app
+
+
+def withheld(
+    message: Message,
+    answer: RecordDict | Error,
+    withhold: Callable[[TrainTask, bytes], bytes],
+) -> RecordDict | Error:
+    """An answer without its update, if that is to be summed under masks.
+
+    Args:
+        message: what is answered.
+        answer: of the app.
+        withhold: takes task and reply, keeps the update, and returns what is sent in its place.
+    """
+    if isinstance(answer, Error) or message.metadata.message_type != TRAIN:
+        return answer
+    task, _ = decode(_content(message))
+    if not isinstance(task, TrainTask) or not task.masked:
+        return answer
+    reply = answer[RECORD]
+    assert isinstance(reply, ConfigRecord)
+    content = reply[CONTENT]
+    assert isinstance(content, bytes)
+    return RecordDict({RECORD: ConfigRecord({CONTENT: withhold(task, content)})})
+
+
+def _content(message: Message) -> bytes:
+    record = message.content.get(RECORD)
+    content = record.get(CONTENT) if isinstance(record, ConfigRecord) else None
+    if not isinstance(content, bytes):
+        raise ProtocolError("a message without a task")
+    return content
 
 
 def _update(
     message: Message, open_device: OpenDevice, context: Context, max_open: int
 ) -> ConfigRecord:
-    record = message.content.get(RECORD)
-    task = record.get(CONTENT) if isinstance(record, ConfigRecord) else None
-    if not isinstance(task, bytes):
-        raise ProtocolError("a message without a task")
+    task = _content(message)
     from proxymoe.client.personalize import personalize
 
     try:
@@ -104,8 +146,7 @@ def _update(
 
 def _refusal(task: bytes) -> bytes:
     header, _ = decode(task)
-    address = {"run", "round", "device", "base", "plan", "layout"}
-    return encode(Refusal(**header.model_dump(include=address), reason="failed"))
+    return encode(Refusal(**address_of(header), reason="failed"))
 
 
 def _reply(message: Message, answer: Callable[[], ConfigRecord]) -> Message:

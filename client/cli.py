@@ -216,10 +216,11 @@ def _print_status(found: dict[str, Any]) -> None:
         console.print("Nothing is assigned yet; `proxymoe-device join` applies for a proxy.")
     else:
         place = "in place" if found["is_fetched"] else "not fetched yet"
+        how = "under masks" if given["masked"] else "in the clear"
         console.print(
             f"Run {given['run']}: proxy submodel {given['plan'][:12]} of "
             f"{_mb(given['model_bytes'])}, {place}; {given['train']['steps']} steps per round, "
-            f"cohorts of at least {given['cohort_size']}"
+            f"cohorts of at least {given['cohort_size']}, summed {how}"
         )
     gates = Table("gate", "state", "now", "limit", title="May this machine be used now?")
     for gate in found["gates"]:
@@ -229,6 +230,8 @@ def _print_status(found: dict[str, Any]) -> None:
     for key, amount in found["used"].items():
         used.add_row(key, f"{amount['used']:,.6g}", f"{amount['limit']:,.6g}")
     console.print(gates, used)
+    if found["peers"]:
+        console.print(f"{len(found['peers'])} devices are known by their keys; --json lists them.")
     for name, child in found["processes"].items():
         state = "ready" if child["ready"] else "starting"
         console.print(f"{name}: process {child['pid']}, {state}, {child['failures']} failures")

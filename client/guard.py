@@ -14,30 +14,26 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import psutil
-from pydantic import ValidationError
 
 from proxymoe.client.gates import Need, read_gates, this_machine
 from proxymoe.client.home import Home
-from proxymoe.client.ledger import Entry, Kind
-from proxymoe.client.policy import MB, Request, judge
+from proxymoe.client.outgoing import Asked, Job, Letter, entry_of
+from proxymoe.client.policy import MB, Request, job_request, judge
 from proxymoe.common.assignment import Assignment
-from proxymoe.common.errors import Diverged, ProtocolError, ProxyMoEError
-from proxymoe.common.files import canonical_json, digest_of
+from proxymoe.common.errors import ProtocolError, ProxyMoEError
 from proxymoe.common.messages import (
     CONTENT,
     DESCRIBE,
+    LETTER,
     RECORD,
     TICKET,
     TRAIN,
-    Description,
-    Refusal,
+    Trained,
     TrainReply,
     TrainTask,
-    Vector,
     decode,
 )
 from proxymoe.common.tickets import Ticket, verify_ticket
@@ -51,9 +47,6 @@ MAX_LOG_BYTES = 1 << 20
 """Of refusals, after which the older ones give way."""
 LOAD_SECONDS = 60.0
 """What the load average is an average over."""
-ADDRESS = ("run", "round", "device", "base", "plan", "layout")
-ROUNDING = 1.0 + 1e-5
-"""By how much a norm that is computed anew may differ."""
 
 
 class _Refused(Exception):
@@ -62,14 +55,6 @@ class _Refused(Exception):
     def __init__(self, word: str, reason: str) -> None:
         super().__init__(reason)
         self.word = word
-
-
-class _Job(NamedTuple):
-    """A task that was let in, and is not answered yet."""
-
-    task: TrainTask
-    num_bytes: int
-    began: float
 
 
 class Guard:
@@ -92,7 +77,7 @@ class Guard:
         self._home = home
         self._threads = threads
         self._clock, self._stopwatch = clock, stopwatch
-        self._job: _Job | None = None
+        self._asked: Asked = None
         self._load, self._load_at = 0.0, stopwatch()
 
     def check(self, message: Any) -> str | None:
@@ -100,9 +85,9 @@ class Guard:
 
         The reason goes to the home's `refusals`, one JSON line with `time`, `word` and `reason`.
         """
-        self._job = None
+        self._asked = None
         try:
-            self._job = self._let_in(message)
+            self._asked = self._let_in(message)
         except _Refused as refused:
             return self._note(refused.word, str(refused))
         except (ProxyMoEError, OSError) as error:
@@ -117,33 +102,34 @@ class Guard:
             ProtocolError, Diverged, DataError: nothing that may leave; or the ledger, or the time
                 used, cannot be written. Then nothing is sent.
         """
-        job, self._job = self._job, None
+        asked, self._asked = self._asked, None
         with self._noted():
-            entry, reply = self._entry(answer, job)
-            self._count(job, reply)
+            entry, reply = entry_of(answer, asked, self._home.enrolled().coordinator)
+            if isinstance(asked, Job):
+                self._count(asked, reply)
         with self._home.ledger().sending(entry):
             yield
 
-    def _let_in(self, message: Any) -> _Job | None:
-        """The job in a message that may be answered, or None if it wants but a description."""
+    def _let_in(self, message: Any) -> Asked:
+        """What a message that may be answered wants; None if it is but a description."""
         now, kind = self._clock(), message.metadata.message_type
         record, assignment = self._home.enrolled(), self._home.assignment()
         if assignment is None:
             raise _Refused(FAILED, "no plan is assigned to this device; join again")
-        job = None
-        request = _expected(assignment, record.public_key, self._home.peak())
-        if kind == TRAIN:
-            job, ticket = self._job_in(message, assignment, record.public_key, now)
-            request = replace(
-                request,
-                # It came, and an update is as long.
-                network_bytes=2 * job.num_bytes,
-                steps=job.task.train.steps,
-                clip_norm=job.task.clip_norm,
-                cohort_size=ticket.cohort_size,
-            )
-        elif kind != DESCRIBE:
+        if kind not in (DESCRIBE, TRAIN, LETTER):
             raise _Refused(UNKNOWN, f"a message of type {kind[:80]!r}")
+        asked: Asked = None
+        request = job_request(assignment, record.public_key, self._home.peak())
+        if kind != DESCRIBE:
+            content, ticket = self._ticketed(message, assignment, record.public_key, now)
+            request = replace(request, cohort_size=ticket.cohort_size, network_bytes=len(content))
+            if kind == TRAIN:
+                asked = self._job_in(content, ticket)
+                request = _of_task(request, asked.task)
+            else:
+                asked = Letter(ticket, len(content))
+                # The work is done; whether the update may go into a sum, its terms will tell.
+                request = replace(request, steps=0, memory_bytes=0)
         policy = self._home.policy()
         if objections := judge(policy, request, self._home.usage(now)):
             raise _Refused(BAD_POLICY, "; ".join(map(str, objections)))
@@ -153,12 +139,12 @@ class Guard:
         for gate in read_gates(policy, this_machine(self._home.path), need):
             if not gate.open:
                 raise _Refused(CLOSED + gate.name, str(gate))
-        return job
+        return asked
 
-    def _job_in(
+    def _ticketed(
         self, message: Any, assignment: Assignment, coordinator: str, now: float
-    ) -> tuple[_Job, Ticket]:
-        """The job that the coordinator wants done, by its ticket."""
+    ) -> tuple[bytes, Ticket]:
+        """What the coordinator wants answered, and its ticket for that."""
         record = message.content.get(RECORD) or {}
         content, signed = record.get(CONTENT), record.get(TICKET)
         if not isinstance(content, bytes) or not isinstance(signed, bytes):
@@ -174,47 +160,22 @@ class Guard:
                 layout=assignment.layout,
                 task=content,
             )
+        except ProtocolError as error:
+            raise _Refused(BAD_TICKET, str(error)) from error
+        return content, ticket
+
+    def _job_in(self, content: bytes, ticket: Ticket) -> Job:
+        """The job that the coordinator wants done."""
+        try:
             task, _ = decode(content)
         except ProtocolError as error:
             raise _Refused(BAD_TICKET, str(error)) from error
         if not isinstance(task, TrainTask) or (task.run, task.round) != (ticket.run, ticket.round):
             raise _Refused(BAD_TICKET, "a ticket for the task of another round")
-        return _Job(task, len(content), self._stopwatch()), ticket
+        return Job(task, len(content), self._stopwatch())
 
-    def _entry(self, answer: Any, job: _Job | None) -> tuple[Entry, TrainReply | None]:
-        """What an answer is, for the ledger; ProtocolError or Diverged if it must not leave."""
-        receiver = self._home.enrolled().coordinator
-        if hasattr(answer, "reason"):  # an error
-            told = f"{answer.reason or ''}".encode()
-            return _entry_of(Kind.REFUSAL, receiver, told), None
-        record = dict(answer.get(RECORD) or {}) if set(answer) == {RECORD} else {}
-        content = record.get(CONTENT)
-        if set(record) == {CONTENT} and isinstance(content, bytes) and job:
-            return self._job_entry(receiver, content, job)
-        try:
-            described = Description.model_validate(record).model_dump()
-        except ValidationError:
-            raise ProtocolError("an answer of no known kind; it stays here") from None
-        return _entry_of(Kind.DESCRIPTION, receiver, canonical_json(described)), None
-
-    def _job_entry(
-        self, receiver: str, content: bytes, job: _Job
-    ) -> tuple[Entry, TrainReply | None]:
-        reply, vector = decode(content)
-        mine = [getattr(reply, name) == getattr(job.task, name) for name in ADDRESS]
-        if isinstance(reply, TrainTask) or not all(mine):
-            raise ProtocolError("an answer to another task; it stays here")
-        about = {"run": reply.run, "round": reply.round, "fetched_bytes": job.num_bytes}
-        if isinstance(reply, Refusal):
-            return _entry_of(Kind.REFUSAL, receiver, content, **about), None
-        _require_bounded(vector, job.task.clip_norm)
-        about["clip_norm"] = job.task.clip_norm
-        return _entry_of(Kind.UPDATE, receiver, content, **about), reply
-
-    def _count(self, job: _Job | None, reply: TrainReply | None) -> None:
+    def _count(self, job: Job, reply: Trained | TrainReply | None) -> None:
         """Counts the time that a job took, and its memory, whatever became of it."""
-        if job is None:
-            return
         seconds = reply.seconds if reply else self._stopwatch() - job.began
         self._load = self._own_load() + self._threads * -math.expm1(-seconds / LOAD_SECONDS)
         self._load_at = self._stopwatch()
@@ -249,30 +210,14 @@ class Guard:
         return word
 
 
-def _expected(assignment: Assignment, coordinator: str, peak_bytes: int) -> Request:
-    """What any job of an assignment asks: who cannot allow that says so before there is one."""
-    return Request(
-        coordinator=coordinator,
-        memory_bytes=max(assignment.memory_bytes, peak_bytes),
-        rank=assignment.adapter.rank,
-        steps=assignment.train.steps,
-        clip_norm=assignment.clip_norm,
-        cohort_size=assignment.cohort_size,
+def _of_task(request: Request, task: TrainTask) -> Request:
+    return replace(
+        request,
+        network_bytes=2 * request.network_bytes,  # it came, and an update is as long
+        steps=task.train.steps,
+        clip_norm=task.clip_norm,
+        masked=task.masked,
     )
-
-
-def _entry_of(kind: Kind, receiver: str, content: bytes, **about: Any) -> Entry:
-    size, digest = len(content), digest_of(content)
-    return Entry(kind=kind, receiver=receiver, num_bytes=size, digest=digest, **about)
-
-
-def _require_bounded(vector: Vector, clip_norm: float) -> None:
-    """The last look at an update: what is not finite, or too long, stays here."""
-    norm = float(np.linalg.norm(vector.astype(np.float64)))
-    if not math.isfinite(norm):
-        raise Diverged("an update that is not finite; it stays here")
-    if norm > clip_norm * ROUNDING:
-        raise ProtocolError(f"an update of norm {norm:g}, the limit is {clip_norm:g}; it stays")
 
 
 def _memory_of_children() -> int:

@@ -5,7 +5,7 @@
     enrolment.json              who this device is, and to whom; written last by enrolment
     assignment.bin              what the coordinator assigned, signed
     ledger.db                   everything that ever left
-    mixture.json                the noised domain mixture, once there is one
+    mixture.json sums.db        the noised domain mixture; keys of peers, and masked sums so far
     store/ submodels/ adapters/ blobs, proxy submodels by plan, the personal adapter
     flower/ log/ runtime.secret files of the processes that run
     usage.json                  seconds trained by day, and the peak memory of a training job
@@ -41,7 +41,7 @@ DAYS_KEPT = 7
 NOBODY = "no device is enrolled here; enrol first"
 OURS = (
     *("identity", "runtime.secret", "adapters", "submodels", "store", "flower", "log"),
-    *("assignment.bin", "mixture.json", "usage.json", "usage.lock", "enrolment.json"),
+    *("assignment.bin", "mixture.json", "sums.db", "usage.json", "usage.lock", "enrolment.json"),
     *("policy.toml", "ledger.db-wal", "ledger.db-shm", "ledger.db", "lock"),
 )
 """What `wipe` removes, in this order: secrets first, and last what tells that this is a home."""
@@ -105,12 +105,12 @@ class Home:
         self.assignment_file = path / "assignment.bin"
         self.ledger_file = path / "ledger.db"
         self.mixture_file = path / "mixture.json"
+        self.records_file = path / "sums.db"
         self.store_folder = path / "store"
         self.submodels = path / "submodels"
         self.adapters = path / "adapters"
         self.personal_adapter = self.adapters / "personal.safetensors"
-        self.flower = path / "flower"
-        self.log = path / "log"
+        self.flower, self.log = path / "flower", path / "log"
         self.refusals = self.log / "refusals.jsonl"
         self.usage_file = path / "usage.json"
         self.runtime_secret = path / "runtime.secret"

@@ -68,8 +68,11 @@ class Kind(StrEnum):
     """For pieces of a proxy submodel, a plan or a table."""
     UPDATE = "update"
     REFUSAL = "refusal"
+    NOTICE = "notice"
+    """That an update waits here, to be summed under masks."""
     SHARES = "shares"
     """Keys and shares of secure aggregation."""
+    MASKED = "masked update"
     MIXTURE = "mixture"
 
 

@@ -18,7 +18,7 @@ from proxymoe.client.train import tune
 from proxymoe.common.adapter import AdapterLayout
 from proxymoe.common.errors import DataError, Diverged, ProtocolError
 from proxymoe.common.measure import peak_rss_mb
-from proxymoe.common.messages import Refusal, TrainReply, TrainTask, decode, encode
+from proxymoe.common.messages import Refusal, TrainReply, TrainTask, address_of, decode, encode
 from proxymoe.common.model import LoadedModel
 from proxymoe.common.text import Example
 
@@ -62,7 +62,7 @@ def personalize(device: Device, content: bytes) -> bytes:
 
     update, norm = clip(tuned.vector - start, task.clip_norm)
     reply = TrainReply(
-        **_address(task),
+        **address_of(task),
         num_examples=len(device.examples),
         first_loss=tuned.losses[0],
         last_loss=tuned.losses[-1],
@@ -93,11 +93,7 @@ def _mismatch(
     return None if device.examples else "data"
 
 
-def _address(task: TrainTask) -> dict[str, str | int]:
-    return task.model_dump(include={"run", "round", "device", "base", "plan", "layout"})
-
-
 def _refusal(
     task: TrainTask, reason: Literal["diverged", "mismatch", "policy", "data", "failed"]
 ) -> Refusal:
-    return Refusal(**_address(task), reason=reason)
+    return Refusal(**address_of(task), reason=reason)

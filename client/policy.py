@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
+from proxymoe.common.assignment import Assignment
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.section import Section, commented_toml
 
@@ -105,6 +106,11 @@ class Privacy(_Rules):
 
     smallest_cohort: int = Field(default=8, ge=1)
     """Fewest devices of a round, this one included, among which an update may hide."""
+    smallest_class: int = Field(default=5, ge=2)
+    """Fewest devices among which a part of a masked update may hide, if only some hold it."""
+    masks_required: bool = False
+    """Whether updates are sent under masks only, so that the coordinator sees none but their sum;
+    without, it may also ask for them in the clear."""
     noise_required: bool = False
     """Whether updates are sent only under a stated epsilon; without, they are only clipped."""
     largest_epsilon: float = Field(default=8.0, ge=0)
@@ -161,8 +167,23 @@ class Request:
     epsilon: float = math.inf
     """What answering adds to the epsilon spent; infinite is without noise."""
     delta: float = 1.0
+    masked: bool = False
+    """Whether the update is summed under masks."""
     mixture: bool = False
     """Whether the device shall describe its data as a domain mixture."""
+
+
+def job_request(assignment: Assignment, coordinator: str, peak_bytes: int) -> Request:
+    """What any job of an assignment asks: who cannot allow that says so before there is one."""
+    return Request(
+        coordinator=coordinator,
+        memory_bytes=max(assignment.memory_bytes, peak_bytes),
+        rank=assignment.adapter.rank,
+        steps=assignment.train.steps,
+        cohort_size=assignment.cohort_size,
+        clip_norm=assignment.clip_norm,
+        masked=assignment.masked,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +255,8 @@ def _broken_promises(policy: Policy, request: Request) -> Iterator[Objection]:
         yield Objection("data.folder", "to read private data", "no folder")
     if request.mixture and not privacy.mixture_may_leave:
         yield Objection("privacy.mixture_may_leave", "a domain mixture", "none")
+    if request.steps and privacy.masks_required and not request.masked:
+        yield Objection("privacy.masks_required", "an update in the clear", "under masks only")
     if request.steps and privacy.noise_required and request.epsilon == math.inf:
         yield Objection("privacy.noise_required", "an update without noise", "with noise only")
 

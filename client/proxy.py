@@ -8,6 +8,7 @@ in a job process only.
 
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +28,7 @@ from proxymoe.client.bring import (
 from proxymoe.client.elsewhere import Work, result_of
 from proxymoe.client.home import Home
 from proxymoe.client.inventory import is_whole, list_contents
-from proxymoe.client.policy import Request
+from proxymoe.client.policy import Request, job_request
 from proxymoe.client.store import QuotaError
 from proxymoe.common.assignment import Assignment
 from proxymoe.common.errors import IntegrityError, ProtocolError
@@ -65,16 +66,9 @@ def request_of(home: Home, assignment: Assignment) -> Request:
         blob_bytes += assignment.model_bytes
         is_first = not store.pins().keys() - {TABLE, assignment.plan}
         network_bytes += assignment.model_bytes if is_first else 0
-    return Request(
-        coordinator=home.enrolled().public_key,
-        network_bytes=network_bytes,
-        memory_bytes=max(assignment.memory_bytes, home.peak()),
-        disk_bytes=blob_bytes + _built_bytes(assignment),
-        rank=assignment.adapter.rank,
-        steps=assignment.train.steps,
-        cohort_size=assignment.cohort_size,
-        clip_norm=assignment.clip_norm,
-    )
+    request = job_request(assignment, home.enrolled().public_key, home.peak())
+    disk_bytes = blob_bytes + _built_bytes(assignment)
+    return replace(request, network_bytes=network_bytes, disk_bytes=disk_bytes)
 
 
 def fetch_proxy(

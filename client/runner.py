@@ -35,6 +35,8 @@ Check = Callable[[Message], str | None]
 """Why a message must not be answered, in words that may leave the device; None if it may be."""
 Sending = Callable[[Message, RecordDict | Error], contextlib.AbstractContextManager[object]]
 """Surrounds the sending of an answer to a message; what it raises keeps the answer here."""
+Instead = Callable[[Message, RecordDict | Error], RecordDict | Error]
+"""What is sent in the place of an answer to a message; what it raises keeps the answer here."""
 LoadApp = Callable[[], ClientApp]
 """Makes the installed app, which imports what is heavy only to answer what needs it. It travels by
 name: it must be picklable and no part of `__main__`."""
@@ -57,6 +59,7 @@ class Runner:
             exception from it puts an error without any content in the place of an answer.
         light: types of messages that the app answers at once and without model code, in this
             process; all others wait for the job process.
+        instead: sees every answer in this process, before `sending` does.
     """
 
     def __init__(
@@ -68,10 +71,11 @@ class Runner:
         sending: Sending = lambda *_: contextlib.nullcontext(),
         idle_seconds: float = IDLE_SECONDS,
         light: Container[str] = (),
+        instead: Instead = lambda _, answer: answer,
     ) -> None:
         self._address, self._secret = address, secret
         self._check = check
-        self._sending = sending
+        self._sending, self._instead = sending, instead
         self._idle_seconds = idle_seconds
         self._load, self._light = load, light
         self._jobs = JobProcess(functools.partial(_work, load))
@@ -138,6 +142,7 @@ class Runner:
         """Sends an answer that may be on record, else nothing but that there is none."""
         with contextlib.ExitStack() as stack:
             try:
+                answer = self._instead(task.asked, answer)
                 stack.enter_context(self._sending(task.asked, answer))
             except Exception:
                 log.exception("an answer cannot be put on record, so it is not sent")

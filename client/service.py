@@ -11,6 +11,7 @@ before the process that needs it.
 # ruff: noqa: PLC0415  see above
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -30,6 +31,7 @@ from proxymoe.common.supervise import Backoff, Child, ChildFailed, Supervisor, l
 
 if TYPE_CHECKING:
     from proxymoe.client.home import Home
+    from proxymoe.client.masked import MaskedUpdates
     from proxymoe.client.personalize import Device
 
 HOME = "PROXYMOE_DEVICE_HOME"
@@ -51,6 +53,8 @@ RESTARTS = Backoff(max_failures=20)
 """For a process that ends; after a quarter of an hour of that it takes more than a restart."""
 LINGER_SECONDS = 10.0
 """The SuperNode has an answer from the runner some time before the coordinator has it."""
+FORSAKEN_SECONDS = 3600.0
+"""How long the last update waits to be summed under masks, if nobody asks for it."""
 FEDERATED = "federated.bin"
 """Among the adapters: the last training task that was answered, with its federated adapter."""
 
@@ -141,9 +145,10 @@ def run(home: "Home", address: str, *, once: bool) -> None:
     Raises:
         ConfigError: not enrolled, nothing assigned, or the SuperNode has another secret.
     """
+    from proxymoe.client.app import withheld
     from proxymoe.client.guard import Guard
     from proxymoe.client.runner import Runner
-    from proxymoe.common.messages import DESCRIBE
+    from proxymoe.common.messages import DESCRIBE, LETTER
 
     for name in THRIFT:
         os.environ.pop(name, None)  # here it works already, and the job process inherits the rest
@@ -160,24 +165,58 @@ def run(home: "Home", address: str, *, once: bool) -> None:
     def sending(message: Any, answer: Any) -> Iterator[None]:
         with guard.sending(message, answer):
             yield
-        if _keep_adapter(home, message, answer, last):
-            threading.Timer(LINGER_SECONDS, stop.set).start()
+        if (seconds := _seconds_left(home, message, answer, last)) is not None:
+            timer = threading.Timer(seconds, stop.set)
+            timer.daemon = True
+            timer.start()
 
     secret = home.runtime_secret.read_bytes()
-    Runner(address, secret, load, guard.check, sending, light={DESCRIBE}).run(stop)
+
+    def instead(message: Any, answer: Any) -> Any:
+        return withheld(message, answer, masked_updates().withhold)
+
+    light = {DESCRIBE, LETTER}
+    Runner(address, secret, load, guard.check, sending, light=light, instead=instead).run(stop)
 
 
-def _keep_adapter(home: "Home", message: Any, answer: Any, last: int | None) -> bool:
-    """Keeps the federated adapter of a task that was answered; whether it was of round `last`."""
-    from proxymoe.common.messages import CONTENT, RECORD, TRAIN, decode
+@functools.cache
+def masked_updates() -> "MaskedUpdates":
+    """What waits in this process, for the device whose home the environment names."""
+    from proxymoe.client.home import Home
+    from proxymoe.client.masked import MaskedUpdates
+    from proxymoe.client.records import Records
+    from proxymoe.common.contribution import Limits
 
-    is_error = hasattr(answer, "reason")
-    if is_error or message.metadata.message_type != TRAIN:
-        return False
-    task = message.content[RECORD][CONTENT]
+    home = Home(Path(os.environ[HOME]))
+
+    def limits() -> Limits:
+        privacy = home.policy().privacy
+        return Limits(privacy.smallest_cohort, privacy.smallest_class)
+
+    name, records = home.enrolled().device, Records(home.records_file)
+    return MaskedUpdates(name, home.key.read_bytes(), records, limits)
+
+
+def _seconds_left(home: "Home", message: Any, answer: Any, last: int | None) -> float | None:
+    """How long to stay, now that this was answered; None is for good.
+
+    Keeps the federated adapter of a task on the way.
+    """
+    from proxymoe.common.messages import CONTENT, LETTER, RECORD, TRAIN, TrainTask, decode
+
+    kind = message.metadata.message_type
+    if hasattr(answer, "reason") or kind not in (TRAIN, LETTER):
+        return None
+    if kind == LETTER:
+        given = masked_updates().given_away
+        return None if last is None or given is None or given < last else LINGER_SECONDS
+    content = message.content[RECORD][CONTENT]
     with contextlib.suppress(OSError):  # a full disk is no reason to stop answering
-        write_bytes(home.adapters / FEDERATED, task)
-    return last is not None and decode(task)[0].round >= last
+        write_bytes(home.adapters / FEDERATED, content)
+    task, _ = decode(content)
+    if last is None or task.round < last:
+        return None
+    return FORSAKEN_SECONDS if isinstance(task, TrainTask) and task.masked else LINGER_SECONDS
 
 
 def load() -> Any:
@@ -190,7 +229,11 @@ def load() -> Any:
     from proxymoe.client.inventory import describe
 
     home = Home(Path(os.environ[HOME]))
-    return client_app(lambda _: _opened(home), lambda _: describe(home))
+    return client_app(
+        lambda _: _opened(home),
+        lambda _: describe(home),
+        answer=lambda letter: masked_updates().answer(letter),
+    )
 
 
 def _opened(home: "Home") -> "Device":

@@ -10,6 +10,7 @@ import psutil
 from proxymoe.client.gates import Need, read_gates, this_machine
 from proxymoe.client.home import Home
 from proxymoe.client.policy import MB, Policy, Usage
+from proxymoe.client.records import Records
 from proxymoe.common.supervise import STATE
 
 LAST_REFUSALS = 5
@@ -39,6 +40,7 @@ def status_of(home: Home, now: float) -> dict[str, Any]:
         "has_personal_adapter": home.personal_adapter.exists(),
         "gates": [asdict(gate) for gate in gates],
         "used": _used(policy, home.usage(now)),
+        "peers": Records(home.records_file).peers() if home.records_file.exists() else {},
         "processes": running,
         "refusals": _refusals(home.refusals),
     }

@@ -92,6 +92,8 @@ class Assignment(_Statement):
     clip_norm: float = Field(gt=0)
     cohort_size: int = Field(ge=1)
     """Fewest devices whose updates are summed before anything is done with the sum."""
+    masked: bool = False
+    """Whether updates are summed under masks."""
     rounds: int = Field(ge=1)
 
 

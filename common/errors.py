@@ -10,6 +10,7 @@ ProxyMoEError
 ├── LayoutMismatch       an adapter or update does not fit the layout it is used with
 ├── IntegrityError       bytes do not match the digest they were promised under
 ├── ProtocolError        a message is malformed, oversized or belongs to another round
+├── Unsummed             too few devices were left for a masked sum; no update was seen
 ├── PrivacySpent         another release would cost a device more epsilon than was promised
 └── Diverged             local training stopped; nothing was sent
 
@@ -55,6 +56,10 @@ class IntegrityError(ProxyMoEError):
 
 class ProtocolError(ProxyMoEError):
     """A message that must be refused."""
+
+
+class Unsummed(ProxyMoEError):
+    """Too few devices answered for what they masked to be summed."""
 
 
 class PrivacySpent(ProxyMoEError):

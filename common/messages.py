@@ -17,8 +17,9 @@ from proxymoe.common.errors import ProtocolError
 MAGIC = b"PXM1"
 MAX_HEADER_BYTES = 64 << 10
 MAX_VECTOR_BYTES = 1 << 30
-DESCRIBE, TRAIN = "query.describe", "train.adapter"
-"""What a device is asked for, as category and action: to describe itself, to answer a task."""
+DESCRIBE, TRAIN, LETTER = "query.describe", "train.adapter", "query.letter"
+"""What a device is asked for, as category and action: to describe itself, to answer a task, and to
+answer a letter of secure aggregation."""
 RECORD, CONTENT, TICKET = "proxymoe", "content", "ticket"
 """Where a Flower message carries ours: the name of its one record, the field of the bytes, and
 the field of the job ticket that lets a device believe them."""
@@ -46,6 +47,8 @@ class TrainTask(_Header):
     train: TrainSettings
     clip_norm: float = Field(gt=0)
     seed: int = Field(ge=0)
+    masked: bool = False
+    """Whether the update waits on the device until it is summed under masks."""
 
 
 class TrainReply(_Header):
@@ -57,6 +60,17 @@ class TrainReply(_Header):
     last_loss: float
     norm: float = Field(ge=0)
     """L2 norm of the update before clipping."""
+    seconds: float = Field(ge=0)
+    peak_rss_mb: float = Field(ge=0)
+
+
+class Trained(_Header):
+    """Device to server: an update is here, to be summed under masks. The vector is empty.
+
+    What training was like, losses and norm among it, would tell of the data, and stays here, too.
+    """
+
+    kind: Literal["trained"] = "trained"
     seconds: float = Field(ge=0)
     peak_rss_mb: float = Field(ge=0)
 
@@ -77,10 +91,13 @@ class Description(BaseModel):
     plan: Digest
 
 
-Message = TrainTask | TrainReply | Refusal
-_ADAPTER: TypeAdapter[Message] = TypeAdapter(
-    Annotated[TrainTask | TrainReply | Refusal, Field(discriminator="kind")]
-)
+Message = TrainTask | TrainReply | Trained | Refusal
+_ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
+
+
+def address_of(message: Message) -> dict[str, str | int]:
+    """What a message and its answer have in common: run, round, device, and what that holds."""
+    return message.model_dump(include=set(_Header.model_fields))
 
 
 def encode(message: Message, vector: Vector | None = None) -> bytes:

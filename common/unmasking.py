@@ -92,6 +92,15 @@ class Coordinator:
         return frozenset(self._terms.devices[i] for i in self._asked - self._answers.keys())
 
     @property
+    def is_enough(self) -> bool:
+        """Whether the phase may be closed with those who have answered."""
+        try:
+            self._check_enough(sorted(self._answers))
+        except ProtocolError:
+            return False
+        return True
+
+    @property
     def result(self) -> Unmasked:
         """The sums; after the last phase was closed."""
         assert self._result is not None, "the attempt is not over"

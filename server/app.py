@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from pydantic import ValidationError
 
-from proxymoe.common.messages import CONTENT, DESCRIBE, RECORD, TICKET, TRAIN, Description
+from proxymoe.common.messages import CONTENT, DESCRIBE, LETTER, RECORD, TICKET, TRAIN, Description
 from proxymoe.server.round import Answer, Transport
 
 log = logging.getLogger(__name__)
@@ -95,10 +95,17 @@ class GridTransport:
 
     def exchange(self, tasks: Mapping[str, bytes]) -> Iterator[Answer]:
         """See `server.round.Transport`; ends when all have answered or time is up."""
+        return self._exchanged(tasks, TRAIN)
+
+    def exchange_letters(self, letters: Mapping[str, bytes]) -> Iterator[Answer]:
+        """The same for letters of secure aggregation."""
+        return self._exchanged(letters, LETTER)
+
+    def _exchanged(self, tasks: Mapping[str, bytes], kind: str) -> Iterator[Answer]:
         deadline = time.monotonic() + self._reply_seconds
         pending: dict[str, str] = {}
         for name, task in tasks.items():
-            if message := self._send(name, task):
+            if message := self._send(name, task, kind):
                 pending[message] = name
             else:
                 log.warning("device %s: unreachable, task not sent", name)
@@ -117,13 +124,13 @@ class GridTransport:
                 self._pause(POLL_SECONDS)
                 yield None
 
-    def _send(self, name: str, task: bytes) -> str | None:
+    def _send(self, name: str, task: bytes, kind: str) -> str | None:
         if name not in self._nodes:
             return None
         record = ConfigRecord({CONTENT: task})
         if self._ticket_of is not None:
             record[TICKET] = self._ticket_of(name, task)
-        return self._push(self._nodes[name], TRAIN, record, self._reply_seconds)
+        return self._push(self._nodes[name], kind, record, self._reply_seconds)
 
     def _meet(self, node: int, record: ConfigRecord) -> None:
         try:

@@ -23,8 +23,8 @@ from proxymoe.server.begin import settings_of  # noqa: E402
 from proxymoe.server.devices import Devices  # noqa: E402
 from proxymoe.server.flower import SuperLink  # noqa: E402
 from proxymoe.server.lock import is_held  # noqa: E402
+from proxymoe.server.run_directory import RunDirectory  # noqa: E402
 from proxymoe.server.serve import supervised  # noqa: E402
-from proxymoe.server.settings import RunDirectory  # noqa: E402
 from proxymoe.server.status import rounds, serve_lock, status  # noqa: E402
 
 INTERRUPTED = 130

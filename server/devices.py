@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from proxymoe.common.assignment import Application, application_bytes, parse_application
 from proxymoe.common.certificates import DeviceCertificate
@@ -31,6 +32,7 @@ CREATE TABLE IF NOT EXISTS keys (
     key TEXT PRIMARY KEY, device TEXT NOT NULL, standing TEXT NOT NULL, since REAL NOT NULL,
     serial TEXT, expires REAL, node TEXT
 ) STRICT;
+CREATE TABLE IF NOT EXISTS public_keys (key TEXT PRIMARY KEY, pem TEXT NOT NULL) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS enrolled ON keys (device) WHERE standing = 'enrolled';
 CREATE TABLE IF NOT EXISTS plans (
     device TEXT PRIMARY KEY, application BLOB NOT NULL, plan TEXT NOT NULL, manifest TEXT NOT NULL
@@ -158,6 +160,8 @@ class Devices:
                 "WHERE key = ?",
                 (now, certificate.serial, certificate.expires, key),
             )
+            pem = certificate.public_key.decode()
+            database.execute("INSERT OR IGNORE INTO public_keys VALUES (?, ?)", (key, pem))
             body = {"device": device, "key": key, "serial": certificate.serial}
             audit.append(database, now, "enrolled", **body)
 
@@ -207,6 +211,13 @@ class Devices:
         """Whether some key is enrolled under this name."""
         query = "SELECT 1 FROM keys WHERE device = ? AND standing = 'enrolled'"
         return self._database.row(query, device) is not None
+
+    def public_keys(self) -> dict[str, str]:
+        """{device: PEM public key} of all that are enrolled."""
+        query = (
+            "SELECT device, pem FROM keys JOIN public_keys USING (key) WHERE standing = 'enrolled'"
+        )
+        return dict(self._database.rows(query))
 
     # Plans
 
@@ -293,17 +304,8 @@ class Devices:
         """Everything that ever changed; IntegrityError if the record was tampered with."""
         return self._database.history()
 
-    def _entry(
-        self,
-        name: str,
-        invited_until: float | None,
-        standing: str,
-        key: str | None,
-        serial: str | None,
-        expires: float | None,
-        node: str | None,
-        since: float | None,
-    ) -> DeviceEntry:
+    def _entry(self, name: str, invited_until: float | None, *of_key: Any) -> DeviceEntry:
+        standing, key, serial, expires, node, since = of_key
         planned = self.planned(name)
         return DeviceEntry(
             name=name,

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+from torch import Tensor
 
-from proxymoe.common.errors import ConfigError, PrivacySpent, ProtocolError
+from proxymoe.common.errors import ConfigError, PrivacySpent, ProtocolError, Unsummed
 from proxymoe.common.files import digest_of
 from proxymoe.common.messages import decode
 from proxymoe.server.aggregate import Summation
@@ -27,6 +28,7 @@ from proxymoe.server.round import (
     accept,
     candidate_of,
     judged,
+    require_trained,
     tasks_of,
 )
 from proxymoe.server.schedule import sample_cohort
@@ -151,7 +153,10 @@ class RoundEngine:
                 return Receipt.LATE
             if name not in now.cohort:
                 raise ProtocolError("the device was not asked in this round")
-            accept(self._federation, now.number, name, content)
+            if self._federation.masked:
+                require_trained(self._federation, now.number, name, content)
+            else:
+                accept(self._federation, now.number, name, content)
         except ProtocolError as error:
             return self._refuse(now, name, Receipt.REFUSED, str(error))
         self._store.keep_update(now.number, name, content, digest, time.time())
@@ -219,18 +224,24 @@ class RoundEngine:
     def _aggregate(self, now: Round, state: FederationState) -> None:
         summation = self._summation_of(now.number)
         log.info("round %d: %s", now.number, summation.notice)
-        for name in sorted(self._store.updates(now.number)):
-            layout = self._federation.members[name].layout
-            found = accept(self._federation, now.number, name, self._store.update(now.number, name))
-            summation.add(name, layout, torch.from_numpy(found.vector), weight=1.0)
         try:
+            for name in sorted(self._store.updates(now.number)):
+                layout = self._federation.members[name].layout
+                summation.add(name, layout, self._update(now.number, name), weight=1.0)
             total = summation.sum()
-        except PrivacySpent as error:
+        except (PrivacySpent, Unsummed) as error:
             self._enter(now, Phase.ABANDONED, reason=str(error))
             return
         candidate = candidate_of(self._federation, state, total)
         self._store.keep_candidate(now.number, candidate)
         self._enter(now, Phase.AGGREGATED)
+
+    def _update(self, number: int, name: str) -> Tensor:
+        """What a device sent: its update, or nothing if that waits to be summed under masks."""
+        if self._federation.masked:
+            return torch.zeros(0)
+        content = self._store.update(number, name)
+        return torch.from_numpy(accept(self._federation, number, name, content).vector)
 
     def _evaluate(self, now: Round) -> None:
         loss = self._federation.canary(self._store.candidate(now.number).adapter)

@@ -19,7 +19,7 @@ from typing import Any
 from proxymoe.common.files import write_bytes
 from proxymoe.common.identity import ssh_public_key
 from proxymoe.common.offline import LOOPBACK, flower_environment
-from proxymoe.server.settings import RunDirectory
+from proxymoe.server.run_directory import RunDirectory
 
 COORDINATOR = "PROXYMOE_COORDINATOR"
 """Environment variable that tells the ServerApp its run directory."""

@@ -30,7 +30,7 @@ from proxymoe.server.devices import Devices
 from proxymoe.server.enrolment import Enrolment, RateLimit
 from proxymoe.server.flower import SuperLink, superlink_address
 from proxymoe.server.gateway import gateway, listener, superlink_client
-from proxymoe.server.settings import RunDirectory
+from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.status import engine, rounds, status
 
 log = logging.getLogger(__name__)

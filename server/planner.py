@@ -37,7 +37,7 @@ from proxymoe.server.members import Members
 from proxymoe.server.places import Places
 from proxymoe.server.prepare import Stage, prepare
 from proxymoe.server.round import Federation, Member
-from proxymoe.server.settings import RunDirectory
+from proxymoe.server.run_directory import RunDirectory
 
 RUNTIME_BYTES = 450_000_000
 """Python, torch and transformers on a device, before the model."""
@@ -137,6 +137,7 @@ class Planner:
             settings=settings.federation,
             canary=canary,
             canary_limit=canary(None) + settings.federation.canary_tolerance,
+            masked=settings.masked,
         )
 
     def _moved(self, old: Application, new: Application) -> bool:
@@ -221,7 +222,8 @@ class Planner:
             memory_bytes=memory_estimate(self.base, manifest, held, settings.train),
             train=settings.train,
             clip_norm=settings.federation.clip_norm,
-            cohort_size=settings.rules.rules().needed(cohort),
+            cohort_size=settings.round_rules.needed(cohort),
+            masked=settings.masked,
             rounds=settings.federation.rounds,
         )
 

@@ -21,7 +21,8 @@ from proxymoe.common.model import compute_dtype, load
 from proxymoe.common.text import Example, read_rows, tokenise
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.profile import Profile, load_profile, profile_domain, save_domain
-from proxymoe.server.settings import CoordinatorSettings, RunDirectory
+from proxymoe.server.run_directory import RunDirectory
+from proxymoe.server.settings import CoordinatorSettings
 
 Stage = Callable[[str, int, int], None]
 """Progress: told what is going on, how much is done, and of how much."""

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from proxymoe.common.errors import ConfigError
-from proxymoe.server.settings import RunDirectory
+from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.status import rounds
 from proxymoe.server.store import Phase, RoundStore
 

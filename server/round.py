@@ -17,7 +17,16 @@ from torch import Tensor
 from proxymoe.common.adapter import AdapterLayout
 from proxymoe.common.config import FederationSettings, TrainSettings
 from proxymoe.common.errors import ProtocolError
-from proxymoe.common.messages import Refusal, TrainReply, TrainTask, Vector, decode, encode
+from proxymoe.common.messages import (
+    Message,
+    Refusal,
+    Trained,
+    TrainReply,
+    TrainTask,
+    Vector,
+    decode,
+    encode,
+)
 from proxymoe.common.plan import Plan
 from proxymoe.server import strategy
 from proxymoe.server.aggregate import BlockSum, Summation
@@ -105,6 +114,8 @@ class Federation:
     canary: Callable[[Tensor], float]
     """Loss on public text of the full model with an adapter vector (P,)."""
     canary_limit: float
+    masked: bool = False
+    """Whether updates wait on their devices until they are summed under masks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +210,7 @@ def tasks_of(
             train=train,
             clip_norm=settings.clip_norm,
             seed=task_seed(federation.seed, number, name),
+            masked=federation.masked,
         )
         held = member.layout.take_from(federation.layout, state.adapter)
         tasks[name] = encode(task, held.numpy())
@@ -212,13 +224,7 @@ def accept(federation: Federation, number: int, name: str, content: bytes) -> Ac
         ProtocolError: it cannot be used; the message is the reason.
     """
     member = federation.members[name]
-    reply, vector = decode(content, max_vector_bytes=4 * member.layout.size)
-    expected = (federation.run, number, name, federation.base, member.plan.digest)
-    found = (reply.run, reply.round, reply.device, reply.base, reply.plan)
-    if found != expected or reply.layout != member.layout.digest:
-        raise ProtocolError(f"reply for another run, round, base model or plan: {found[:3]}")
-    if isinstance(reply, Refusal):
-        raise ProtocolError(f"the device refused: {reply.reason}")
+    reply, vector = _answer(federation, number, name, content)
     if not isinstance(reply, TrainReply):
         raise ProtocolError(f"a {reply.kind!r} message is no reply")
     if vector.size != member.layout.size:
@@ -229,6 +235,32 @@ def accept(federation: Federation, number: int, name: str, content: bytes) -> Ac
             f"update of norm {norm:.4g}, the limit is {federation.settings.clip_norm}"
         )
     return Accepted(reply, vector)
+
+
+def require_trained(federation: Federation, number: int, name: str, content: bytes) -> None:
+    """Returns if a reply to the masked task of round `number` says that an update waits.
+
+    Raises:
+        ProtocolError: it says something else; an update in the clear, too, is not even looked at.
+    """
+    reply, vector = _answer(federation, number, name, content)
+    if not isinstance(reply, Trained) or vector.size:
+        raise ProtocolError(f"a {reply.kind!r} message in a round that is summed under masks")
+
+
+def _answer(
+    federation: Federation, number: int, name: str, content: bytes
+) -> tuple[Message, Vector]:
+    """A reply to the task of round `number`, if the device did not refuse it."""
+    member = federation.members[name]
+    reply, vector = decode(content, max_vector_bytes=4 * member.layout.size)
+    expected = (federation.run, number, name, federation.base, member.plan.digest)
+    found = (reply.run, reply.round, reply.device, reply.base, reply.plan)
+    if found != expected or reply.layout != member.layout.digest:
+        raise ProtocolError(f"reply for another run, round, base model or plan: {found[:3]}")
+    if isinstance(reply, Refusal):
+        raise ProtocolError(f"the device refused: {reply.reason}")
+    return reply, vector
 
 
 def candidate_of(federation: Federation, state: FederationState, total: BlockSum) -> Candidate:

@@ -15,6 +15,7 @@ from proxymoe.common.contribution import Contribution
 from proxymoe.common.directory import Directory
 from proxymoe.common.errors import ConfigError, LayoutMismatch, ProtocolError
 from proxymoe.common.fixed_point import FixedPoint, WordBits, range_for, word_bits_for
+from proxymoe.common.letters import MAX_DEVICES
 from proxymoe.common.secagg import MaskClass, Terms, Threshold
 from proxymoe.common.unmasking import Coordinator
 from proxymoe.server.aggregate import BlockSum
@@ -76,12 +77,14 @@ def terms_for(
     Raises:
         ConfigError: the cohort is too small or too large, or no block has enough holders.
     """
-    classes = mask_classes(full, layouts, smallest_class)
-    if len(layouts) < smallest_cohort or not classes:
+    classes: tuple[MaskClass, ...] = ()
+    if smallest_cohort <= len(layouts) <= MAX_DEVICES:
+        classes = mask_classes(full, layouts, smallest_class)
+    if not classes:
         raise ConfigError(
-            f"secure aggregation: {len(layouts)} devices of at least {smallest_cohort}, and "
-            f"{len(classes)} groups of blocks with at least {smallest_class} holders; use a larger "
-            "cohort or plans that share experts"
+            f"secure aggregation: {len(layouts)} devices, from {smallest_cohort} to {MAX_DEVICES} "
+            f"can be; or no block with {smallest_class} holders; use another cohort, or plans that "
+            "share experts"
         )
     bits: WordBits = 32
     if clip_norm is None:

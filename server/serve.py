@@ -25,7 +25,7 @@ from proxymoe.server.flower import (
     write_connection,
 )
 from proxymoe.server.lock import held
-from proxymoe.server.settings import RunDirectory
+from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.status import readable, serve_lock
 
 log = logging.getLogger(__name__)

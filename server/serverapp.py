@@ -22,17 +22,18 @@ from flwr.serverapp import Grid, ServerApp
 from proxymoe.common.errors import ConfigError, ProtocolError
 from proxymoe.common.files import digest_of, write_json
 from proxymoe.common.identity import key_digest
-from proxymoe.common.messages import decode
 from proxymoe.common.tickets import Ticket, issue_ticket
+from proxymoe.server.aggregate import Summation
 from proxymoe.server.app import GridTransport
 from proxymoe.server.devices import Devices
 from proxymoe.server.engine import RoundEngine
 from proxymoe.server.flower import COORDINATOR
 from proxymoe.server.lock import held
+from proxymoe.server.masked_round import MaskedRound, MaskRules
 from proxymoe.server.planner import Planner
 from proxymoe.server.promise import summations
 from proxymoe.server.round import Federation
-from proxymoe.server.settings import RunDirectory
+from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.status import engine_file, engine_lock
 from proxymoe.server.store import RoundStore
 
@@ -61,7 +62,7 @@ def run_rounds(run: RunDirectory, grid: Grid) -> None:
     planner = Planner(run)
     federation = planner.federation(planner.canary())
     with contextlib.closing(run.store(planner.layout.size)) as store:
-        rules = settings.rules.rules()
+        rules = settings.round_rules
         asked = settings.federation.cohort_size
         transport = GridTransport(
             grid,
@@ -71,10 +72,38 @@ def run_rounds(run: RunDirectory, grid: Grid) -> None:
             is_device=admission(devices, grid.get_nodes),
             ticket_of=ticketing(run, federation, store),
         )
-        engine = RoundEngine(
-            federation, store, transport, summations(settings, federation, store), rules
-        )
-        engine.run()
+        if federation.masked:
+            summation_of = masking(run, federation, store, devices, transport)
+        else:
+            summation_of = summations(settings, federation, store)
+        RoundEngine(federation, store, transport, summation_of, rules).run()
+
+
+def masking(
+    run: RunDirectory,
+    federation: Federation,
+    store: RoundStore,
+    devices: Devices,
+    transport: GridTransport,
+) -> Callable[[int], Summation]:
+    """The masked sum of each round, over devices as they are enrolled when it begins."""
+    sums = run.settings.sums
+    rules = MaskRules(
+        smallest_cohort=sums.smallest_cohort,
+        smallest_class=sums.smallest_class,
+        letter_seconds=sums.letter_seconds,
+        asking_seconds=run.settings.rules.asking_seconds,
+        attempts=sums.attempts,
+    )
+
+    def summation_of(number: int) -> Summation:
+        def begin(names: list[str]) -> int:
+            return store.begin_attempt(number, names, time.time())
+
+        keys = devices.public_keys()
+        return MaskedRound(federation, number, rules, transport.exchange_letters, keys, begin)
+
+    return summation_of
 
 
 def admission(devices: Devices, nodes: Callable[[], Iterable[Any]]) -> Callable[[int, str], bool]:
@@ -101,20 +130,19 @@ def ticketing(
     clock: Callable[[], float] = time.time,
 ) -> Callable[[str, bytes], bytes]:
     """Signs the ticket of each task: `GridTransport.ticket_of`. `clock` gives unix seconds."""
-    key, rules = run.signing_key, run.settings.rules.rules()
+    key, rules = run.signing_key, run.settings.round_rules
 
     def ticket_of(device: str, task: bytes) -> bytes:
         now, current = clock(), store.latest()
         assert current is not None, "a task belongs to a round"
-        header, _ = decode(task)
-        asked = len(current.cohort)
+        member, asked = federation.members[device], len(current.cohort)
         ticket = Ticket(
-            run=header.run,
-            round=header.round,
+            run=federation.run,
+            round=current.number,
             device=device,
-            base=header.base,
-            plan=header.plan,
-            layout=header.layout,
+            base=federation.base,
+            plan=member.plan.digest,
+            layout=member.layout.digest,
             task=digest_of(task),
             cohort_size=rules.needed(min(federation.settings.cohort_size or asked, asked)),
             issued=int(now),

@@ -1,23 +1,18 @@
-"""The coordinator's settings, and the run directory that holds all it owns.
+"""The coordinator's settings: one strict TOML file in its run directory.
 
-Settings are one strict TOML file; defaults stand here and in `common/config.py`, and so do the
-comments of the file that `init` writes: they are the docstrings below. Importing torch takes
-seconds, which reading settings must not cost: what needs it is imported where it is made.
+Defaults stand here and in `common/config.py`, and so do the comments of the file that `init`
+writes: they are the docstrings below. Importing torch takes seconds, which reading settings must
+not cost: what needs it is imported where it is made.
 """
 
-import os
-import secrets
-import shutil
 import tomllib
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from proxymoe.common.addresses import is_loopback, split_address
-from proxymoe.common.certificates import Identity, new_authority, new_server_certificate
 from proxymoe.common.config import (
     AdapterSettings,
     ExtractSettings,
@@ -25,7 +20,6 @@ from proxymoe.common.config import (
     TrainSettings,
 )
 from proxymoe.common.errors import ConfigError
-from proxymoe.common.identity import new_signing_key
 from proxymoe.common.price import unkept
 from proxymoe.common.privacy import Mode, PrivacySettings
 from proxymoe.common.section import Section, commented_toml
@@ -33,9 +27,7 @@ from proxymoe.common.section import Section, commented_toml
 if TYPE_CHECKING:
     from proxymoe.server.blobs import BlobLimits
     from proxymoe.server.engine import Rules
-    from proxymoe.server.store import RoundStore
 
-SETTINGS_FILE = "coordinator.toml"
 Port = Annotated[int, Field(ge=1, lt=1 << 16)]
 
 
@@ -105,11 +97,21 @@ class RuleSettings(Section):
     selecting_seconds: float = Field(default=60.0, gt=0)
     """Pause between two looks for devices while there are too few."""
 
-    def rules(self) -> "Rules":
-        """The same for the round engine."""
-        from proxymoe.server.engine import Rules  # noqa: PLC0415  see above
 
-        return Rules(**dict(self))
+class SumSettings(Section):
+    """How updates are summed."""
+
+    masked: bool | None = None
+    """Whether the coordinator sees no update but only their sum (experimental); without it, as soon
+    as a round has `smallest_cohort` devices at least, by `cohort_size` or `min_devices`."""
+    smallest_cohort: int = Field(default=8, ge=2, le=256)
+    """Fewest devices of a masked sum."""
+    smallest_class: int = Field(default=5, ge=2, le=256)
+    """Fewest devices whose updates of a block are summed under masks; other blocks are skipped."""
+    letter_seconds: float = Field(default=120.0, gt=0)
+    """Longest wait for the answers to one of the five letters."""
+    attempts: int = Field(default=3, ge=1)
+    """How often a masked sum is tried in a round."""
 
 
 class BlobSettings(Section):
@@ -160,6 +162,7 @@ class CoordinatorSettings(Section):
     federation: FederationSettings = FederationSettings()
     privacy: PrivacySettings = PrivacySettings()
     rules: RuleSettings = RuleSettings()
+    sums: SumSettings = SumSettings()
     network: NetworkSettings = NetworkSettings()
     blobs: BlobSettings = BlobSettings()
 
@@ -175,7 +178,33 @@ class CoordinatorSettings(Section):
         asked, fewest = self.federation.cohort_size, self.rules.min_devices
         if asked is not None and asked < fewest:
             raise ValueError(f"federation.cohort_size {asked} is below rules.min_devices {fewest}")
+        if self.masked and asked is not None and asked < (least := self.sums.smallest_cohort):
+            raise ValueError(
+                f"federation.cohort_size {asked} is below sums.smallest_cohort {least}; raise it, "
+                "or set sums.masked to false"
+            )
+        if self.masked and self.privacy.mode is not Mode.CLIP_ONLY:
+            raise ValueError(
+                f"privacy.mode {self.privacy.mode.value!r} under masks is not there yet; set "
+                "sums.masked to false"
+            )
         return self
+
+    @property
+    def masked(self) -> bool:
+        """Whether updates are summed under masks."""
+        if self.sums.masked is not None:
+            return self.sums.masked
+        expected = self.federation.cohort_size or self.rules.min_devices
+        return expected >= self.sums.smallest_cohort and self.privacy.mode is Mode.CLIP_ONLY
+
+    @property
+    def round_rules(self) -> "Rules":
+        """When a round starts, and when it counts: a masked one with the devices that it takes."""
+        from proxymoe.server.engine import Rules  # noqa: PLC0415  see above
+
+        fewest = max(self.rules.min_devices, self.sums.smallest_cohort if self.masked else 1)
+        return Rules(**{**dict(self.rules), "min_devices": fewest})
 
 
 def load_settings(path: Path) -> CoordinatorSettings:
@@ -199,120 +228,9 @@ def settings_text(settings: CoordinatorSettings) -> str:
     return commented_toml(settings, "How this coordinator works; changes hold from its next start.")
 
 
-class RunDirectory:
-    """Where everything of one coordinator lies.
-
-    Raises:
-        ConfigError: from the properties that read a file, if it is missing or damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path = path.absolute()
-        self.settings_file = path / SETTINGS_FILE
-        self.keys = path / "keys"
-        self.ca_certificate, self.ca_key = self.keys / "ca.pem", self.keys / "ca.key"
-        self.server_certificate = self.keys / "server.pem"
-        self.server_key = self.keys / "server.key"
-        self.signing_key_file = self.keys / "signing.key"
-        self.superexec_secret = self.keys / "superexec.secret"
-        self.devices_db = path / "devices.db"
-        self.flower, self.cache, self.log = path / "flower", path / "cache", path / "log"
-
-    @classmethod
-    def create(cls, path: Path, settings: CoordinatorSettings, now: float) -> Self:
-        """A new run directory with new keys; it appears whole or not at all.
-
-        Args:
-            path: where; an empty folder may be there already.
-            settings: what becomes its settings file.
-            now: unix seconds, for the certificates.
-
-        Raises:
-            ConfigError: the folder is not empty.
-        """
-        path = path.absolute()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(f"{path}: not an empty folder; make the run directory elsewhere")
-        partial = cls(path.with_name(f".{path.name}.partial"))
-        if partial.path.exists():  # of an `init` that was killed
-            shutil.rmtree(partial.path)
-        for folder in (partial.path, partial.keys, partial.flower, partial.cache, partial.log):
-            folder.mkdir(mode=0o700, parents=True)
-        authority = new_authority(now)
-        server = new_server_certificate(authority, settings.network.names, now)
-        for file, content in {
-            partial.ca_certificate: authority.certificate,
-            partial.ca_key: authority.key,
-            partial.server_certificate: server.certificate,
-            partial.server_key: server.key,
-            partial.signing_key_file: new_signing_key(),
-            partial.superexec_secret: secrets.token_hex(32).encode(),
-            partial.settings_file: settings_text(settings).encode(),
-        }.items():
-            _write_private(file, content)
-        partial.path.rename(path)
-        return cls(path)
-
-    @cached_property
-    def settings(self) -> CoordinatorSettings:
-        """What the settings file says, read once."""
-        if not self.settings_file.exists():
-            raise ConfigError(
-                f"{self.path}: no {SETTINGS_FILE} in it; make a run directory with "
-                "`proxymoe-coordinator init`"
-            )
-        return load_settings(self.settings_file)
-
-    @property
-    def authority(self) -> Identity:
-        """The local CA."""
-        return Identity(_read_key(self.ca_certificate), _read_key(self.ca_key))
-
-    @property
-    def signing_key(self) -> bytes:
-        """What signs assignments and job tickets, PEM."""
-        return _read_key(self.signing_key_file)
-
-    @property
-    def base_model(self) -> Path:
-        """The checkpoint folder of the base model."""
-        return self._existing("base_model", self.settings.base_model)
-
-    @property
-    def calibration(self) -> Path:
-        """The folder of public text."""
-        return self._existing("calibration", self.settings.calibration)
-
-    def store(self, size: int) -> "RoundStore":
-        """The state of the rounds, opened; `size` is P of the full layout."""
-        from proxymoe.server.store import RoundStore  # noqa: PLC0415  see above
-
-        return RoundStore(self.path, self.settings.run, size)
-
-    def _existing(self, key: str, path: Path) -> Path:
-        found = self.path / path.expanduser()
-        if not found.is_dir():
-            raise ConfigError(f"{key} {path}: no such folder ({found}); see {self.settings_file}")
-        return found
-
-
 def _complaints(error: ValidationError) -> Iterator[str]:
     for entry in error.errors():
         where = ".".join(map(str, entry["loc"]))
         unknown = entry["type"] == "extra_forbidden"
         reason = "unknown key" if unknown else entry["msg"].removeprefix("Value error, ")
         yield f"{where}: {reason}" if where else reason
-
-
-def _read_key(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; restore it from a backup") from error
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

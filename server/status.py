@@ -20,7 +20,7 @@ from proxymoe.common.supervise import STATE
 from proxymoe.server.devices import Devices
 from proxymoe.server.enrolment import Standing
 from proxymoe.server.lock import is_held
-from proxymoe.server.settings import RunDirectory
+from proxymoe.server.run_directory import RunDirectory
 
 OVER = ("committed", "abandoned", "rolled back")
 

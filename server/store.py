@@ -33,6 +33,9 @@ CREATE TABLE IF NOT EXISTS updates (
     number INTEGER NOT NULL, device TEXT NOT NULL, digest TEXT NOT NULL,
     PRIMARY KEY (number, device)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS attempts (
+    number INTEGER NOT NULL, attempt INTEGER NOT NULL, PRIMARY KEY (number, attempt)
+) STRICT;
 CREATE TABLE IF NOT EXISTS versions (
     version INTEGER PRIMARY KEY, parent INTEGER NOT NULL, number INTEGER NOT NULL,
     digest TEXT NOT NULL
@@ -191,6 +194,17 @@ class RoundStore:
     def update(self, number: int, device: str) -> bytes:
         """The reply that was kept."""
         return self._update_path(number, device).read_bytes()
+
+    def begin_attempt(self, number: int, devices: Sequence[str], time: float) -> int:
+        """The number of a new attempt at the masked sum of a round; none is ever given twice."""
+        (last,) = self.database.execute(
+            "SELECT max(attempt) FROM attempts WHERE number = ?", (number,)
+        ).fetchone()
+        attempt = 0 if last is None else int(last) + 1
+        body = {"round": number, "attempt": attempt, "devices": list(devices)}
+        with self.change(time, "attempt", **body) as database:
+            database.execute("INSERT INTO attempts VALUES (?, ?)", (number, attempt))
+        return attempt
 
     def forget(self, number: int) -> None:
         """Deletes the vectors of a round that is over, but for a committed one's adapter.

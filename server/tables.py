@@ -9,7 +9,7 @@ from rich.table import Table
 
 from proxymoe.common.price import Price
 from proxymoe.server.devices import DeviceEntry
-from proxymoe.server.settings import RunDirectory
+from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.status import Rounds, Status, word_of
 
 DIGITS = 12

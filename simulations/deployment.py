@@ -24,7 +24,7 @@ from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.files import write_bytes
 from proxymoe.common.offline import LOOPBACK, OFFLINE
 from proxymoe.server.begin import shared_with
-from proxymoe.server.settings import RunDirectory
+from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.status import rounds, status
 from proxymoe.simulations.site import VirtualDevice, asset, virtual_devices
 
@@ -189,6 +189,9 @@ class Deployment:
             "when": {"largest_load": 1000.0, "only_charging": False, "unknown_is_open": True},
             "privacy": {"smallest_cohort": 1},
         }
+        if (sums := self._settings.get("sums", {})).get("masked"):
+            least = {key: sums[key] for key in ("smallest_cohort", "smallest_class")}
+            wishes["privacy"] = {"masks_required": True, **least}
         wishes["when"]["only_unmetered"] = False
         policy = load_policy(policy_file)
         changed = {

@@ -3,7 +3,8 @@
 import time
 
 from proxymoe.common.config import FederationSettings
-from proxymoe.server.settings import CoordinatorSettings, NetworkSettings, RunDirectory
+from proxymoe.server.run_directory import RunDirectory
+from proxymoe.server.settings import CoordinatorSettings, NetworkSettings
 from tests.doors import free_port
 
 

@@ -43,6 +43,8 @@ def small_plan(*kept: int) -> Plan:
 def small_federation(
     plans: Mapping[str, Plan] | None = None,
     canary: Callable[[Any], float] = lambda _: 1.0,
+    *,
+    masked: bool = False,
     **settings: Any,
 ) -> Federation:
     """Three devices with different experts, unless told otherwise; the canary is content."""
@@ -58,6 +60,7 @@ def small_federation(
         settings=FederationSettings(**{"rounds": 4, "clip_norm": 1.0, **settings}),
         canary=canary,
         canary_limit=2.0,
+        masked=masked,
     )
 
 

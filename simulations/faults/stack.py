@@ -18,7 +18,7 @@ import psutil
 from proxymoe.common.supervise import STATE
 from proxymoe.server import audit
 from proxymoe.server.status import readable
-from proxymoe.simulations.deploy_demo import RULES, adapter_digest, in_process, small
+from proxymoe.simulations.deploy_demo import RULES, adapter_of, digest_of_adapter, in_process, small
 from proxymoe.simulations.deployment import Deployment, deployed
 from proxymoe.simulations.faults.law import Story
 from proxymoe.simulations.faults.report import Ground, Scenario
@@ -36,7 +36,7 @@ def parts_killed(ground: Ground) -> Iterator[str]:
         "coordinator": _kill_coordinator,
     }
     experiment = small(devices=2, rounds=len(killings) + 1)
-    expected = in_process(experiment, ground.folder())
+    expected = digest_of_adapter(in_process(experiment, ground.folder()))
     with deployed(experiment, ground.folder() / "deployment", {"rules": RULES}) as deployment:
         committed: list[str] = []
         for number, (name, killing) in enumerate(killings.items(), start=1):
@@ -46,7 +46,7 @@ def parts_killed(ground: Ground) -> Iterator[str]:
             deployment.until(f"a round after the {name} was killed", further, ROUND_SECONDS)
             yield _broken(deployment.run_directory, committed)
         deployment.run_rounds(ROUND_SECONDS)
-        found = adapter_digest(deployment)
+        found = digest_of_adapter(adapter_of(deployment))
     if found != expected:
         raise AssertionError(f"the deployment ended in {found}, the simulation in {expected}")
 

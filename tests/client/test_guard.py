@@ -13,6 +13,7 @@ from proxymoe.client import guard as module
 from proxymoe.client.guard import Guard
 from proxymoe.client.ledger import Kind
 from proxymoe.client.policy import Coordinator, Privacy, Resources, Training, When
+from proxymoe.common import letters
 from proxymoe.common.assignment import Assignment, Blob, issue_assignment
 from proxymoe.common.config import AdapterSettings, TrainSettings
 from proxymoe.common.errors import Diverged, IntegrityError, ProtocolError
@@ -21,10 +22,12 @@ from proxymoe.common.identity import new_signing_key
 from proxymoe.common.messages import (
     CONTENT,
     DESCRIBE,
+    LETTER,
     RECORD,
     TICKET,
     TRAIN,
     Refusal,
+    Trained,
     TrainReply,
     TrainTask,
     encode,
@@ -407,3 +410,112 @@ def test_without_a_ledger_nothing_leaves(guard, home):
     home.ledger_file.write_bytes(b"damaged" * 1000)
     with pytest.raises(IntegrityError, match="ledger"):
         guard.sending(training(), answer(content=reply_bytes())).__enter__()
+
+
+# Masked sums
+
+
+def letter_bytes(kind=letters.Announcement, body=b"", **fields) -> bytes:
+    letter = kind(transcript="e" * 64, device=0, **fields)
+    return letters.encode(letter, body, lambda _: b"signature")
+
+
+KEYS = {"share_key": "1" * 64, "mask_key": "2" * 64}
+TRAINED = encode(Trained(**ADDRESS, seconds=30.0, peak_rss_mb=40.0))
+
+
+def test_a_masked_job_tells_that_it_is_done_and_keeps_its_update(guard, home):
+    masked = task_bytes(masked=True)
+    assert guard.check(training(masked)) is None
+    with guard.sending(training(masked), answer(content=TRAINED)):
+        pass
+    ((entry, _),) = entries(home)
+    assert (entry.kind, entry.round, entry.clip_norm) == (Kind.NOTICE, 3, None)
+    assert (home.usage(NOW).seconds, home.peak()) == (30.0, 40_000_000)
+
+
+@pytest.mark.parametrize(
+    ("masked", "content"),
+    [
+        (True, reply_bytes()),
+        (True, encode(Trained(**ADDRESS, seconds=1.0, peak_rss_mb=1.0), VECTOR)),
+        (False, TRAINED),
+    ],
+)
+def test_an_update_in_the_clear_stays_if_the_task_is_masked(guard, home, masked, content):
+    guard.check(training(task_bytes(masked=masked)))
+    with (
+        pytest.raises(ProtocolError, match="against the task; it stays here"),
+        guard.sending(training(), answer(content=content)),
+    ):
+        raise AssertionError("it was let out")
+    assert entries(home) == []
+
+
+def test_an_owner_may_want_masks(guard, home, tmp_path):
+    wanted = Privacy(smallest_cohort=1, masks_required=True)
+    set_policy(home, easy_policy(tmp_path, privacy=wanted))
+    assert guard.check(training()) == "policy"
+    assert "asked: an update in the clear" in refusals(home)[-1]["reason"]
+    assert guard.check(training(task_bytes(masked=True))) is None
+    assert guard.check(message(DESCRIBE)) == "policy", "nor will there be a job that suits"
+
+
+def letter(content=None, ticket=None):
+    content = content or letter_bytes(**KEYS)
+    return message(LETTER, content=content, ticket=ticket or ticket_bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (letter_bytes(**KEYS), Kind.SHARES),
+        (letter_bytes(letters.Upload, b"words"), Kind.MASKED),
+        (letter_bytes(letters.Consent), Kind.SHARES),
+    ],
+)
+def test_letters_are_on_record_by_what_is_in_them(guard, home, reply, kind):
+    asked = letter()
+    assert guard.check(asked) is None
+    with guard.sending(asked, answer(content=reply)):
+        pass
+    ((entry, confirmed),) = entries(home)
+    assert confirmed
+    assert (entry.kind, entry.run, entry.round) == (kind, "run", 3)
+    assert (entry.num_bytes, entry.digest) == (len(reply), digest_of(reply))
+    assert home.usage(NOW).seconds == 0
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        reply_bytes(),
+        TRAINED,
+        b"nonsense",
+        letters.encode(letters.Survivors(transcript="e" * 64, survivors=(0, 1))),
+    ],
+)
+def test_what_is_no_letter_of_a_device_stays(guard, home, reply):
+    asked = letter()
+    guard.check(asked)
+    with pytest.raises(ProtocolError), guard.sending(asked, answer(content=reply)):
+        raise AssertionError("it was let out")
+    assert entries(home) == []
+
+
+def test_a_letter_needs_a_ticket_and_gates_that_are_open(guard, home, tmp_path):
+    content = letter_bytes(**KEYS)
+    assert guard.check(letter(ticket=ticket_bytes(content, key=new_signing_key()))) == "ticket"
+    assert guard.check(letter(ticket=ticket_bytes(b"another"))) == "ticket"
+    assert guard.check(message(LETTER)) == "ticket"
+    none = Resources(network_mb_per_month=0, spare_memory_mb=0, spare_disk_mb=0)
+    set_policy(home, easy_policy(tmp_path, resources=none))
+    assert guard.check(letter()) == "policy"
+
+
+def test_a_letter_takes_no_memory_and_no_training(guard, home, tmp_path):
+    small = Resources(memory_mb=0, spare_memory_mb=0, spare_disk_mb=0)
+    less = Training(largest_steps=1)
+    set_policy(home, easy_policy(tmp_path, resources=small, training=less))
+    assert guard.check(training()) == "policy"
+    assert guard.check(letter()) is None

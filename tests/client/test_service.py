@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import psutil
@@ -15,20 +16,29 @@ import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from proxymoe.client import node, service
-from proxymoe.client.app import client_app
-from proxymoe.client.service import FEDERATED, MAIN, supervise
+from proxymoe.client.app import client_app, withheld
+from proxymoe.client.service import (
+    FEDERATED,
+    FORSAKEN_SECONDS,
+    LINGER_SECONDS,
+    MAIN,
+    supervise,
+)
 from proxymoe.client.submodel import open_device
 from proxymoe.common.messages import (
     CONTENT,
     DESCRIBE,
+    LETTER,
     RECORD,
     TRAIN,
     Refusal,
+    Trained,
     TrainTask,
     decode,
     encode,
 )
 from proxymoe.common.supervise import ChildFailed
+from proxymoe.simulations.faults.cohort import honest
 from tests.doors import AUTHORITY
 from tests.grid import identify
 from tests.settled import enrolled, settle
@@ -172,13 +182,13 @@ def _context(node=5):
     return Context(run_id=7, node_id=node, node_config={}, state=RecordDict(), run_config={})
 
 
-def asked(home, number, kind=TRAIN):
+def asked(home, number, kind=TRAIN, **fields):
     """A message with the task of a round."""
     identify(7)
     assignment = home.assignment()
     named = assignment.model_dump(include={"run", "device", "base", "plan", "layout", "clip_norm"})
     task = encode(
-        TrainTask(**named, round=number, train=assignment.train, seed=0),
+        TrainTask(**named, round=number, train=assignment.train, seed=0, **fields),
         np.zeros(3, np.float32),
     )
     return Message(RecordDict({RECORD: ConfigRecord({CONTENT: task})}), 5, kind), task
@@ -186,17 +196,59 @@ def asked(home, number, kind=TRAIN):
 
 def test_the_adapter_of_an_answered_task_is_kept(home):
     message, task = asked(home, 1)
-    assert not service._keep_adapter(home, message, RecordDict(), None)
+    assert service._seconds_left(home, message, RecordDict(), None) is None
     assert (home.adapters / FEDERATED).read_bytes() == task
     later, _ = asked(home, 2)
-    service._keep_adapter(home, later, Error(2, "no"), None)
-    service._keep_adapter(home, asked(home, 3, DESCRIBE)[0], RecordDict(), None)
+    service._seconds_left(home, later, Error(2, "no"), None)
+    service._seconds_left(home, asked(home, 3, DESCRIBE)[0], RecordDict(), None)
     assert (home.adapters / FEDERATED).read_bytes() == task, "of answered tasks only"
 
 
-def test_the_last_round_is_known(home):
-    rounds = [service._keep_adapter(home, asked(home, n)[0], RecordDict(), 2) for n in (1, 2, 3)]
-    assert rounds == [False, True, True]
+def test_after_the_last_round_a_device_leaves_soon(home):
+    left = [service._seconds_left(home, asked(home, n)[0], RecordDict(), 2) for n in (1, 2, 3)]
+    assert left == [None, LINGER_SECONDS, LINGER_SECONDS]
+
+
+@pytest.fixture
+def updates(home, monkeypatch):
+    """What waits on the device, as its runner has it."""
+    monkeypatch.setenv(service.HOME, str(home.path))
+    service.masked_updates.cache_clear()
+    yield service.masked_updates()
+    service.masked_updates.cache_clear()
+
+
+def test_an_update_of_a_masked_task_waits_and_others_pass(home, updates):
+    reply = RecordDict({RECORD: ConfigRecord({CONTENT: honest(asked(home, 1)[1])})})
+    openly, _ = asked(home, 1)
+    assert withheld(openly, reply, updates.withhold) is reply
+    masked, _ = asked(home, 1, masked=True)
+    instead = withheld(masked, reply, updates.withhold)
+    assert isinstance(instead, RecordDict)
+    told, vector = decode(cast("bytes", instead[RECORD][CONTENT]))
+    assert isinstance(told, Trained)
+    assert vector.size == 0
+    failure = Error(2, "no")
+    assert withheld(masked, failure, updates.withhold) is failure
+
+
+def test_a_masked_update_is_waited_with_until_it_is_given_away(home, updates):
+    masked, _ = asked(home, 2, masked=True)
+    assert service._seconds_left(home, masked, RecordDict(), 2) == FORSAKEN_SECONDS
+    letter, _ = asked(home, 2, LETTER)
+    assert service._seconds_left(home, letter, RecordDict(), 2) is None
+    updates.given_away = 1
+    assert service._seconds_left(home, letter, RecordDict(), 2) is None
+    updates.given_away = 2
+    assert service._seconds_left(home, letter, RecordDict(), 2) == LINGER_SECONDS
+    assert service._seconds_left(home, letter, RecordDict(), None) is None
+
+
+def test_letters_are_answered_by_the_app(home, updates):
+    identify(7)
+    letter, _ = asked(home, 1, LETTER)
+    told = service.load()(letter, _context())
+    assert "no part in" in told.error.reason
 
 
 @flower

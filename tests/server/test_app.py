@@ -6,7 +6,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from proxymoe.common.messages import CONTENT, DESCRIBE, RECORD, TRAIN
+from proxymoe.common.messages import CONTENT, DESCRIBE, LETTER, RECORD, TRAIN
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.app import GridTransport, server_app
 from proxymoe.server.journal import initial_state
@@ -214,3 +214,17 @@ def test_a_server_app_calls_main_with_the_devices_of_its_grid():
     app = server_app(lambda link: seen.extend(link.devices()), 3, 5.0, 5.0)
     app(LocalGrid(three()), context_of(1))
     assert seen == ["a", "b", "c"]
+
+
+def test_letters_go_where_letters_are_answered():
+    kinds = []
+
+    def react(message):
+        kinds.append(message.metadata.message_type)
+        return reply_with(message, **{CONTENT: b"answer to " + message.content[RECORD][CONTENT]})
+
+    link = transport(LocalGrid({11: at_training("a", react)}), num_devices=1)
+    link.devices()
+    assert answers(link.exchange_letters({"a": b"letter"})) == {"a": b"answer to letter"}
+    assert answers(link.exchange({"a": b"task"})) == {"a": b"answer to task"}
+    assert kinds == [LETTER, TRAIN]

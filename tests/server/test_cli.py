@@ -12,7 +12,7 @@ from proxymoe.common.tickets import is_secret, parse_token
 from proxymoe.server.cli import app
 from proxymoe.server.devices import Devices
 from proxymoe.server.lock import held
-from proxymoe.server.settings import RunDirectory
+from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.status import serve_lock
 from proxymoe.simulations.cli import EXPERIMENTS
 from proxymoe.simulations.site import asset

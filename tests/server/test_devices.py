@@ -269,3 +269,14 @@ def test_the_record_gives_a_change_away(devices, path):
     database.close()
     with pytest.raises(IntegrityError, match="entry 2"):
         devices.history()
+
+
+def test_public_keys_are_those_of_enrolled_devices(devices):
+    assert devices.public_keys() == {}
+    phone, _ = enrolled(devices, "phone")
+    enrolled(devices, "laptop")
+    enrolled(devices, "watch")
+    devices.revoke("laptop")
+    found = devices.public_keys()
+    assert sorted(found) == ["phone", "watch"]
+    assert found["phone"].encode() == identity.public_key(phone.key)

@@ -21,7 +21,8 @@ from proxymoe.server.blobs import read_chunks
 from proxymoe.server.extract import budget_bytes
 from proxymoe.server.planner import Planner, memory_estimate
 from proxymoe.server.profile import load_profile
-from proxymoe.server.settings import CoordinatorSettings, RunDirectory
+from proxymoe.server.run_directory import RunDirectory
+from proxymoe.server.settings import CoordinatorSettings
 from proxymoe.server.store import Phase
 from proxymoe.simulations import worker
 from proxymoe.simulations.cli import EXPERIMENTS

@@ -7,7 +7,7 @@ import torch
 
 from proxymoe.common.errors import ConfigError
 from proxymoe.server.rollback import adapter_of, roll_back
-from proxymoe.server.settings import RunDirectory
+from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.store import Phase
 from proxymoe.simulations.faults.cohort import InMemory, small_federation
 from tests.runs import run_directory

@@ -108,8 +108,24 @@ def test_the_terms_name_the_round_and_fit_its_layout():
     "change", [{"smallest_cohort": 6}, {"smallest_class": 6}], ids=["cohort", "class"]
 )
 def test_a_cohort_that_is_too_small_is_refused(change):
-    with pytest.raises(ConfigError, match="use a larger cohort or plans that share experts"):
+    with pytest.raises(ConfigError, match="use another cohort, or plans that share experts"):
         terms(**change)
+
+
+def test_a_cohort_that_is_too_large_is_refused():
+    crowd = dict.fromkeys((f"d{number}" for number in range(257)), FULL)
+    with pytest.raises(ConfigError, match="257 devices, from 2 to 256"):
+        terms_for(
+            FULL,
+            crowd,
+            run="run",
+            round=1,
+            attempt=0,
+            base="ab" * 32,
+            clip_norm=1.0,
+            smallest_cohort=2,
+            smallest_class=2,
+        )
 
 
 def test_terms_for_another_layout_are_refused():

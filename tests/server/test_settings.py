@@ -12,12 +12,13 @@ from proxymoe.common.errors import ConfigError
 from proxymoe.common.identity import new_device_key, verifying_key
 from proxymoe.server.blobs import BlobLimits
 from proxymoe.server.engine import Rules
+from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.settings import (
     BlobSettings,
     CoordinatorSettings,
     NetworkSettings,
     RuleSettings,
-    RunDirectory,
+    SumSettings,
     load_settings,
     settings_text,
 )
@@ -48,7 +49,7 @@ def test_settings_read_back_as_written(tmp_path, written):
 
 def test_the_file_explains_every_setting_of_a_coordinator():
     text = settings_text(settings())
-    for section in (NetworkSettings, RuleSettings, BlobSettings, CoordinatorSettings):
+    for section in (NetworkSettings, RuleSettings, SumSettings, BlobSettings, CoordinatorSettings):
         for key, field in section.model_fields.items():
             if f"[{key}]" not in text:
                 assert f"{key} = " in text
@@ -73,6 +74,15 @@ def test_the_file_explains_every_setting_of_a_coordinator():
         ("[network]\nblob_port = 0", "network.blob_port"),
         ("[rules]\nquorum = 0", "rules.quorum"),
         ("[rules]\nover_selection = 0.5", "rules.over_selection"),
+        (
+            "[sums]\nmasked = true\n[federation]\ncohort_size = 7",
+            "cohort_size 7 is below sums.smallest_cohort 8; raise it, or set sums.masked to false",
+        ),
+        (
+            "[sums]\nmasked = true\n[privacy]\nmode = 'central'\nepsilon = 2.0",
+            "privacy.mode 'central' under masks is not there yet; set sums.masked to false",
+        ),
+        ("[sums]\nsmallest_class = 1", "sums.smallest_class"),
         ("[blobs]\nstreams = 0", "blobs.streams"),
         ("[train]\nlearning_rate = nan", "train.learning_rate"),
     ],
@@ -92,8 +102,7 @@ def test_addresses_are_what_devices_connect_to():
 
 
 def test_rules_and_limits_are_those_of_engine_and_blob_service():
-    assert RuleSettings().rules() == Rules()
-    assert RuleSettings(min_devices=4, quorum=0.5).rules() == Rules(min_devices=4, quorum=0.5)
+    assert Rules(**dict(RuleSettings())) == Rules()
     assert BlobSettings().limits() == BlobLimits()
     assert BlobSettings(streams=3).limits() == BlobLimits(streams=3)
 
@@ -139,7 +148,7 @@ def test_an_init_that_was_killed_can_be_repeated(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("proxymoe.server.settings.settings_text", killed)
+        patch.setattr("proxymoe.server.run_directory.settings_text", killed)
         with pytest.raises(KeyboardInterrupt):
             RunDirectory.create(tmp_path / "run", settings(), NOW)
     assert not (tmp_path / "run").exists()
@@ -176,3 +185,24 @@ def test_the_store_is_this_runs(tmp_path):
     assert (run.path / "state.db").exists()
     with pytest.raises(ConfigError, match="size"):
         run.store(13)
+
+
+@pytest.mark.parametrize(
+    ("fields", "masked", "fewest"),
+    [
+        ({}, False, 1),
+        ({"rules": {"min_devices": 7}}, False, 7),
+        ({"rules": {"min_devices": 8}}, True, 8),
+        ({"federation": {"cohort_size": 8}}, True, 8),
+        ({"federation": {"cohort_size": 8}, "sums": {"masked": False}}, False, 1),
+        ({"federation": {"cohort_size": 8}, "sums": {"smallest_cohort": 9}}, False, 1),
+        ({"sums": {"masked": True, "smallest_cohort": 3}}, True, 3),
+        ({"rules": {"min_devices": 9}, "privacy": {"mode": "central", "epsilon": 2.0}}, False, 9),
+    ],
+)
+def test_sums_are_masked_where_rounds_are_large_enough(fields, masked, fewest):
+    found = CoordinatorSettings.model_validate(
+        {"run": "town", "base_model": "base", "calibration": "public", **fields}
+    )
+    assert found.masked is masked
+    assert found.round_rules.min_devices == fewest

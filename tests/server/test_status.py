@@ -10,7 +10,7 @@ from proxymoe.common.errors import CheckpointError, ConfigError
 from proxymoe.common.files import write_json
 from proxymoe.server.devices import Devices
 from proxymoe.server.lock import held
-from proxymoe.server.settings import RunDirectory
+from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.status import (
     OVER,
     Engine,

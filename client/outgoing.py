@@ -1,0 +1,118 @@
+"""What may leave a device, and what its ledger says of that.
+
+The last look at every answer: it must be of a kind that we know, and fit what was asked; an update
+must be within its bounds, and one of a masked task stays here. No model code is imported here.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import ValidationError
+
+from proxymoe.client.ledger import Entry, Kind
+from proxymoe.common import letters
+from proxymoe.common.errors import Diverged, ProtocolError
+from proxymoe.common.files import canonical_json, digest_of
+from proxymoe.common.messages import (
+    CONTENT,
+    RECORD,
+    Description,
+    Refusal,
+    Trained,
+    TrainReply,
+    TrainTask,
+    Vector,
+    address_of,
+    decode,
+)
+from proxymoe.common.tickets import Ticket
+
+ROUNDING = 1.0 + 1e-5
+"""By how much a norm that is computed anew may differ."""
+
+
+class Job(NamedTuple):
+    """A task that was let in, and is not answered yet."""
+
+    task: TrainTask
+    num_bytes: int
+    began: float
+
+
+class Letter(NamedTuple):
+    """A letter of secure aggregation that was let in, and is not answered yet."""
+
+    ticket: Ticket
+    num_bytes: int
+
+
+Asked = Job | Letter | None
+"""What is being answered; None is for a description."""
+
+
+def entry_of(answer: Any, asked: Asked, receiver: str) -> tuple[Entry, Trained | TrainReply | None]:
+    """What an answer is, for the ledger, and what it says of a job.
+
+    Args:
+        answer: a Flower record, or an error.
+        asked: what it answers.
+        receiver: who gets it.
+
+    Raises:
+        ProtocolError, Diverged: it must not leave.
+    """
+    if hasattr(answer, "reason"):  # an error
+        return _entry(Kind.REFUSAL, receiver, f"{answer.reason or ''}".encode()), None
+    record = dict(answer.get(RECORD) or {}) if set(answer) == {RECORD} else {}
+    content = record.get(CONTENT)
+    if set(record) == {CONTENT} and isinstance(content, bytes) and asked:
+        if isinstance(asked, Letter):
+            return _letter_entry(receiver, content, asked), None
+        return _job_entry(receiver, content, asked)
+    try:
+        described = Description.model_validate(record).model_dump()
+    except ValidationError:
+        raise ProtocolError("an answer of no known kind; it stays here") from None
+    return _entry(Kind.DESCRIPTION, receiver, canonical_json(described)), None
+
+
+def _job_entry(
+    receiver: str, content: bytes, job: Job
+) -> tuple[Entry, Trained | TrainReply | None]:
+    reply, vector = decode(content)
+    if isinstance(reply, TrainTask) or address_of(reply) != address_of(job.task):
+        raise ProtocolError("an answer to another task; it stays here")
+    about = {"run": reply.run, "round": reply.round, "fetched_bytes": job.num_bytes}
+    if isinstance(reply, Refusal):
+        return _entry(Kind.REFUSAL, receiver, content, **about), None
+    if isinstance(reply, Trained) != job.task.masked or (vector.size and job.task.masked):
+        raise ProtocolError("an update in the clear, or none, against the task; it stays here")
+    if isinstance(reply, Trained):
+        return _entry(Kind.NOTICE, receiver, content, **about), reply
+    _require_bounded(vector, job.task.clip_norm)
+    about["clip_norm"] = job.task.clip_norm
+    return _entry(Kind.UPDATE, receiver, content, **about), reply
+
+
+def _letter_entry(receiver: str, content: bytes, asked: Letter) -> Entry:
+    ticket, letter = asked.ticket, letters.decode(content).letter
+    if not isinstance(letter, letters.SignedLetter):
+        raise ProtocolError("a letter that no device writes; it stays here")
+    about = {"run": ticket.run, "round": ticket.round, "fetched_bytes": asked.num_bytes}
+    kind = Kind.MASKED if isinstance(letter, letters.Upload) else Kind.SHARES
+    return _entry(kind, receiver, content, **about)
+
+
+def _entry(kind: Kind, receiver: str, content: bytes, **about: Any) -> Entry:
+    size, digest = len(content), digest_of(content)
+    return Entry(kind=kind, receiver=receiver, num_bytes=size, digest=digest, **about)
+
+
+def _require_bounded(vector: Vector, clip_norm: float) -> None:
+    """What is not finite, or too long, stays here."""
+    norm = float(np.linalg.norm(vector.astype(np.float64)))
+    if not math.isfinite(norm):
+        raise Diverged("an update that is not finite; it stays here")
+    if norm > clip_norm * ROUNDING:
+        raise ProtocolError(f"an update of norm {norm:g}, the limit is {clip_norm:g}; it stays")
