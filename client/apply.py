@@ -20,9 +20,9 @@ from proxymoe.client.bring import (
     small_needs,
 )
 from proxymoe.client.elsewhere import Work, result_of
+from proxymoe.client.entries import Entry, Kind
 from proxymoe.client.fetch import FOR_GOOD
 from proxymoe.client.home import Home, ReleasedMixture
-from proxymoe.client.ledger import Entry, Kind
 from proxymoe.client.mixture import release
 from proxymoe.client.policy import Objection, Request
 from proxymoe.client.retry import TransferRefused

@@ -12,10 +12,10 @@ from functools import partial
 import grpc
 
 from proxymoe.client.attempts import Patience
+from proxymoe.client.entries import Entry, Kind
 from proxymoe.client.fetch import fetch, open_channel
 from proxymoe.client.gates import GateState, Need, read_gates, this_machine
 from proxymoe.client.home import EnrolmentRecord, Home
-from proxymoe.client.ledger import Entry, Kind
 from proxymoe.client.policy import Objection, Request, judge
 from proxymoe.client.store import QuotaError, Store
 from proxymoe.common.assignment import Assignment

@@ -16,8 +16,8 @@ import httpx
 from pydantic import ValidationError
 
 from proxymoe.client.attempts import Busy, Patience
+from proxymoe.client.entries import Entry, Kind
 from proxymoe.client.home import EnrolmentRecord, Home
-from proxymoe.client.ledger import Entry, Kind
 from proxymoe.client.policy import Coordinator, Policy, load_policy, parse_policy, policy_text
 from proxymoe.client.retry import Backoff
 from proxymoe.common.certificates import check_device_certificate, signing_request

@@ -104,11 +104,11 @@ def fetch(
     store.require_pinned(wanted)
     transfer = _Transfer(wanted, store, pause, progress)
     with ThreadPoolExecutor(streams, thread_name_prefix="fetch") as pool:
-        lanes = [
-            pool.submit(_Lane(transfer, connect, draw, backoff or Backoff()).run)
-            for _ in range(min(streams, len(transfer.lacking)))
-        ]
         try:
+            lanes = [
+                pool.submit(_Lane(transfer, connect, draw, backoff or Backoff()).run)
+                for _ in range(min(streams, len(transfer.lacking)))
+            ]
             for lane in as_completed(lanes):
                 lane.result()
         finally:

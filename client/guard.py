@@ -21,7 +21,8 @@ import psutil
 from proxymoe.client.gates import Need, read_gates, this_machine
 from proxymoe.client.home import Home
 from proxymoe.client.outgoing import Asked, Job, Letter, entry_of
-from proxymoe.client.policy import MB, Request, job_request, judge
+from proxymoe.client.policy import MB, Usage, judge
+from proxymoe.client.requests import job_request, task_request
 from proxymoe.common.assignment import Assignment
 from proxymoe.common.errors import ProtocolError, ProxyMoEError
 from proxymoe.common.messages import (
@@ -78,6 +79,8 @@ class Guard:
         self._threads = threads
         self._clock, self._stopwatch = clock, stopwatch
         self._asked: Asked = None
+        self._waiting: TrainTask | None = None
+        """The masked task whose update waits here."""
         self._load, self._load_at = 0.0, stopwatch()
 
     def check(self, message: Any) -> str | None:
@@ -107,6 +110,7 @@ class Guard:
             entry, reply = entry_of(answer, asked, self._home.enrolled().coordinator)
             if isinstance(asked, Job):
                 self._count(asked, reply)
+                self._waiting = asked.task if isinstance(reply, Trained) else self._waiting
         with self._home.ledger().sending(entry):
             yield
 
@@ -119,19 +123,20 @@ class Guard:
         if kind not in (DESCRIBE, TRAIN, LETTER):
             raise _Refused(UNKNOWN, f"a message of type {kind[:80]!r}")
         asked: Asked = None
-        request = job_request(assignment, record.public_key, self._home.peak())
+        used = self._home.usage(now)
+        request = job_request(assignment, record.public_key, self._home.peak(), used)
         if kind != DESCRIBE:
             content, ticket = self._ticketed(message, assignment, record.public_key, now)
             request = replace(request, cohort_size=ticket.cohort_size, network_bytes=len(content))
             if kind == TRAIN:
-                asked = self._job_in(content, ticket)
-                request = _of_task(request, asked.task)
+                asked = self._job_in(content, ticket, used)
+                request = task_request(request, asked.task, used)
             else:
-                asked = Letter(ticket, len(content))
+                asked = Letter(ticket, len(content), self._waiting, used.exposure)
                 # The work is done; whether the update may go into a sum, its terms will tell.
                 request = replace(request, steps=0, memory_bytes=0)
         policy = self._home.policy()
-        if objections := judge(policy, request, self._home.usage(now)):
+        if objections := judge(policy, request, used):
             raise _Refused(BAD_POLICY, "; ".join(map(str, objections)))
         # What a warm job process has, it does not take again.
         needed = max(0, request.memory_bytes - _memory_of_children())
@@ -164,7 +169,7 @@ class Guard:
             raise _Refused(BAD_TICKET, str(error)) from error
         return content, ticket
 
-    def _job_in(self, content: bytes, ticket: Ticket) -> Job:
+    def _job_in(self, content: bytes, ticket: Ticket, used: Usage) -> Job:
         """The job that the coordinator wants done."""
         try:
             task, _ = decode(content)
@@ -172,7 +177,7 @@ class Guard:
             raise _Refused(BAD_TICKET, str(error)) from error
         if not isinstance(task, TrainTask) or (task.run, task.round) != (ticket.run, ticket.round):
             raise _Refused(BAD_TICKET, "a ticket for the task of another round")
-        return Job(task, len(content), self._stopwatch())
+        return Job(task, len(content), self._stopwatch(), used.exposure)
 
     def _count(self, job: Job, reply: Trained | TrainReply | None) -> None:
         """Counts the time that a job took, and its memory, whatever became of it."""
@@ -208,16 +213,6 @@ class Guard:
         except OSError as error:
             log.warning("%s: %s", path, error.strerror)
         return word
-
-
-def _of_task(request: Request, task: TrainTask) -> Request:
-    return replace(
-        request,
-        network_bytes=2 * request.network_bytes,  # it came, and an update is as long
-        steps=task.train.steps,
-        clip_norm=task.clip_norm,
-        masked=task.masked,
-    )
 
 
 def _memory_of_children() -> int:

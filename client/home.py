@@ -105,8 +105,7 @@ class Home:
         self.assignment_file = path / "assignment.bin"
         self.ledger_file = path / "ledger.db"
         self.mixture_file = path / "mixture.json"
-        self.records_file = path / "sums.db"
-        self.store_folder = path / "store"
+        self.records_file, self.store_folder = path / "sums.db", path / "store"
         self.submodels = path / "submodels"
         self.adapters = path / "adapters"
         self.personal_adapter = self.adapters / "personal.safetensors"
@@ -215,11 +214,12 @@ class Home:
             IntegrityError, DataError: the ledger is damaged, or cannot be read now.
         """
         ledger, when = self.ledger(), datetime.fromtimestamp(now, UTC)
-        month = ledger.totals(since=f"{when:%Y-%m}")
+        month, ever = ledger.totals(since=f"{when:%Y-%m}"), ledger.totals()
         return Usage(
             network_bytes=month.sent_bytes + month.fetched_bytes,
             seconds=self._uses().seconds.get(f"{when:%Y-%m-%d}", 0.0),
-            epsilon=ledger.totals().epsilon,
+            epsilon=ever.epsilon,
+            exposure=ever.exposure,
         )
 
     def add_seconds(self, seconds: float, now: float) -> None:

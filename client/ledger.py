@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from proxymoe.client.entries import Entry
 from proxymoe.common.errors import DataError, IntegrityError
 from proxymoe.common.files import canonical_json, digest_of
 
@@ -28,7 +28,6 @@ BUSY_SECONDS = 10.0
 """How long to wait for another process that is writing."""
 FIRST = "0" * 64
 """What stands for the hash of the row before the first."""
-LARGEST = 1 << 50
 SCHEMA = (
     """CREATE TABLE rows (
         number   INTEGER PRIMARY KEY,
@@ -52,51 +51,11 @@ SUMS = """
     SELECT COUNT(*), TOTAL(json_extract(content, '$.entry.epsilon')),
         COALESCE(SUM(json_extract(content, '$.entry.num_bytes')), 0),
         COALESCE(SUM(json_extract(content, '$.entry.fetched_bytes')), 0),
+        TOTAL(json_extract(content, '$.entry.exposure')),
         substr(json_extract(content, '$.time'), 1, 7) AS month
     FROM rows WHERE confirms IS NULL AND month >= ?"""
 DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR", "SQLITE_FORMAT", "SQLITE_MISMATCH")
 """SQLite's words for a file that is not, or no longer, what it should be."""
-
-
-class Kind(StrEnum):
-    """What was sent."""
-
-    ENROLMENT = "enrolment"
-    DESCRIPTION = "description"
-    """The device's name and what it holds."""
-    REQUEST = "request"
-    """For pieces of a proxy submodel, a plan or a table."""
-    UPDATE = "update"
-    REFUSAL = "refusal"
-    NOTICE = "notice"
-    """That an update waits here, to be summed under masks."""
-    SHARES = "shares"
-    """Keys and shares of secure aggregation."""
-    MASKED = "masked update"
-    MIXTURE = "mixture"
-
-
-class Entry(BaseModel):
-    """One thing that leaves, as it is known before it leaves."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    kind: Kind
-    receiver: str = Field(min_length=1, max_length=256)
-    """To whom: address and name of the coordinator."""
-    num_bytes: int = Field(ge=0, le=LARGEST)
-    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """SHA-256 of the bytes."""
-    run: str | None = Field(default=None, max_length=128)
-    round: int | None = Field(default=None, ge=0, le=LARGEST)
-    fetched_bytes: int = Field(default=0, ge=0, le=LARGEST)
-    """What is fetched by it; for the network budget only."""
-    clip_norm: float | None = Field(default=None, gt=0)
-    noise: float | None = Field(default=None, gt=0)
-    """Standard deviation of the noise in it, or in the sum that it is part of."""
-    epsilon: float | None = Field(default=None, gt=0)
-    """What it adds to the epsilon spent."""
-    delta: float | None = Field(default=None, gt=0, lt=1)
 
 
 class _Row(BaseModel):
@@ -130,6 +89,7 @@ class Totals:
     epsilon: float
     sent_bytes: int
     fetched_bytes: int
+    exposure: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import numpy as np
 from proxymoe.client.records import Records
 from proxymoe.common.contribution import Contribution, Limits
 from proxymoe.common.directory import signer
+from proxymoe.common.discrete_gaussian import Steps
 from proxymoe.common.errors import ProtocolError
 from proxymoe.common.files import digest_of
 from proxymoe.common.identity import key_digest, public_key
@@ -92,7 +93,7 @@ class MaskedUpdates:
 
         Raises:
             ProtocolError: nothing waits here, it is not the next question of the attempt, or its
-                terms are against the owner's limits.
+                terms are against the owner's limits or would leave too little noise.
             DataError: the record cannot be written; this device is out of the attempt.
         """
         attempt, question = self._attempt, digest_of(content)
@@ -122,11 +123,7 @@ class MaskedUpdates:
             raise ProtocolError(f"attempt {terms.attempt} after attempt {self._attempt.number}")
         if key_digest(opening.keys.get(self._name, "").encode()) != self._key:
             raise ProtocolError(f"device {self._name!r}: another key than its own in the opening")
-        contribution = Contribution(
-            dict(zip(opening.blocks, opening.sizes, strict=True)),
-            held.vector,
-            np.ones(len(opening.blocks), dtype=np.float32),
-        )
+        contribution = self._contribution(opening, held)
         device = Device(
             self._name,
             self._sign,
@@ -139,6 +136,26 @@ class MaskedUpdates:
             self._bits,
         )
         return terms.attempt, device
+
+    def _contribution(self, opening: Opening, held: _Held) -> Contribution:
+        """The update that waits, as it goes into the sum: on a grid if there is to be noise."""
+        sizes = dict(zip(opening.blocks, opening.sizes, strict=True))
+        weights = np.ones(len(sizes), dtype=np.float32)
+        noise = held.task.noise
+        if noise is None:
+            return Contribution(sizes, held.vector, weights)
+        mechanism, terms = noise.mechanism(held.task.clip_norm), opening.terms
+        steps, _ = mechanism.clipped(held.vector)
+
+        def share(size: int, holders: int) -> Steps:
+            # Drawn when it is known who masks. Who stays is at least the threshold of these.
+            if (needed := mechanism.needed(holders)) > (left := terms.threshold.of(holders)):
+                raise ProtocolError(
+                    f"noise that takes {needed} of {holders} holders, of whom {left} may be left"
+                )
+            return mechanism.share(size, holders, self._bits)
+
+        return Contribution(sizes, steps.astype(np.float64), weights, share)
 
     def _commit(self, step: Step) -> None:
         """Makes durable what an answer commits to; an update that is given away is forgotten."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
-from proxymoe.client.ledger import Entry, Kind
+from proxymoe.client.entries import Entry, Kind
 from proxymoe.common import letters
 from proxymoe.common.errors import Diverged, ProtocolError
 from proxymoe.common.files import canonical_json, digest_of
@@ -38,6 +38,8 @@ class Job(NamedTuple):
     task: TrainTask
     num_bytes: int
     began: float
+    exposure: float
+    """Σ z⁻² of all that was sent before, see `Noise.cost`."""
 
 
 class Letter(NamedTuple):
@@ -45,6 +47,9 @@ class Letter(NamedTuple):
 
     ticket: Ticket
     num_bytes: int
+    task: TrainTask | None
+    """Whose update waits, as far as that is known."""
+    exposure: float
 
 
 Asked = Job | Letter | None
@@ -83,7 +88,11 @@ def _job_entry(
     reply, vector = decode(content)
     if isinstance(reply, TrainTask) or address_of(reply) != address_of(job.task):
         raise ProtocolError("an answer to another task; it stays here")
-    about = {"run": reply.run, "round": reply.round, "fetched_bytes": job.num_bytes}
+    about: dict[str, Any] = {
+        "run": reply.run,
+        "round": reply.round,
+        "fetched_bytes": job.num_bytes,
+    }
     if isinstance(reply, Refusal):
         return _entry(Kind.REFUSAL, receiver, content, **about), None
     if isinstance(reply, Trained) != job.task.masked or (vector.size and job.task.masked):
@@ -91,7 +100,7 @@ def _job_entry(
     if isinstance(reply, Trained):
         return _entry(Kind.NOTICE, receiver, content, **about), reply
     _require_bounded(vector, job.task.clip_norm)
-    about["clip_norm"] = job.task.clip_norm
+    about |= _price(job.task, job.exposure)
     return _entry(Kind.UPDATE, receiver, content, **about), reply
 
 
@@ -99,9 +108,30 @@ def _letter_entry(receiver: str, content: bytes, asked: Letter) -> Entry:
     ticket, letter = asked.ticket, letters.decode(content).letter
     if not isinstance(letter, letters.SignedLetter):
         raise ProtocolError("a letter that no device writes; it stays here")
-    about = {"run": ticket.run, "round": ticket.round, "fetched_bytes": asked.num_bytes}
-    kind = Kind.MASKED if isinstance(letter, letters.Upload) else Kind.SHARES
-    return _entry(kind, receiver, content, **about)
+    about: dict[str, Any] = {
+        "run": ticket.run,
+        "round": ticket.round,
+        "fetched_bytes": asked.num_bytes,
+    }
+    if not isinstance(letter, letters.Upload):
+        return _entry(Kind.SHARES, receiver, content, **about)
+    if asked.task is None:
+        raise ProtocolError("a masked update of no known task; it stays here")
+    about |= _price(asked.task, asked.exposure)
+    return _entry(Kind.MASKED, receiver, content, **about)
+
+
+def _price(task: TrainTask, exposure: float) -> dict[str, float]:
+    """How an update of this task is bounded, and what sending it costs, after so much exposure."""
+    found = {"clip_norm": task.clip_norm}
+    if (noise := task.noise) is not None:
+        found |= {
+            "noise": noise.noise_multiplier * task.clip_norm,
+            "epsilon": noise.cost(exposure),
+            "delta": noise.delta,
+            "exposure": noise.noise_multiplier**-2,
+        }
+    return found
 
 
 def _entry(kind: Kind, receiver: str, content: bytes, **about: Any) -> Entry:

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from proxymoe.common.assignment import Assignment
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.section import Section, commented_toml
 
@@ -173,19 +172,6 @@ class Request:
     """Whether the device shall describe its data as a domain mixture."""
 
 
-def job_request(assignment: Assignment, coordinator: str, peak_bytes: int) -> Request:
-    """What any job of an assignment asks: who cannot allow that says so before there is one."""
-    return Request(
-        coordinator=coordinator,
-        memory_bytes=max(assignment.memory_bytes, peak_bytes),
-        rank=assignment.adapter.rank,
-        steps=assignment.train.steps,
-        cohort_size=assignment.cohort_size,
-        clip_norm=assignment.clip_norm,
-        masked=assignment.masked,
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """What has been used up before a request."""
@@ -196,6 +182,8 @@ class Usage:
     """Trained today."""
     epsilon: float = 0.0
     """Spent ever."""
+    exposure: float = 0.0
+    """Σ z⁻² over all updates that went into noised sums, with z the noise multiplier."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ in a job process only.
 """
 
 import shutil
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,8 @@ from proxymoe.client.bring import (
 from proxymoe.client.elsewhere import Work, result_of
 from proxymoe.client.home import Home
 from proxymoe.client.inventory import is_whole, list_contents
-from proxymoe.client.policy import Request, job_request
+from proxymoe.client.policy import Request
+from proxymoe.client.requests import job_request
 from proxymoe.client.store import QuotaError
 from proxymoe.common.assignment import Assignment
 from proxymoe.common.errors import IntegrityError, ProtocolError
@@ -66,7 +68,8 @@ def request_of(home: Home, assignment: Assignment) -> Request:
         blob_bytes += assignment.model_bytes
         is_first = not store.pins().keys() - {TABLE, assignment.plan}
         network_bytes += assignment.model_bytes if is_first else 0
-    request = job_request(assignment, home.enrolled().public_key, home.peak())
+    used = home.usage(time.time())
+    request = job_request(assignment, home.enrolled().public_key, home.peak(), used)
     disk_bytes = blob_bytes + _built_bytes(assignment)
     return replace(request, network_bytes=network_bytes, disk_bytes=disk_bytes)
 

@@ -15,6 +15,7 @@ from proxymoe.common.errors import ProtocolError
 from proxymoe.common.files import canonical_json
 from proxymoe.common.identity import DeviceName, sign_statement, signed_statement
 from proxymoe.common.messages import Digest
+from proxymoe.common.privacy_settings import Noise
 
 APPLY = "/proxymoe.plans.v1.Plans/Apply"
 """The gRPC method, beside the blob service: `application_bytes` in, assignment bytes out."""
@@ -94,6 +95,8 @@ class Assignment(_Statement):
     """Fewest devices whose updates are summed before anything is done with the sum."""
     masked: bool = False
     """Whether updates are summed under masks."""
+    noise: Noise | None = None
+    """What is added to every sum; None adds nothing."""
     rounds: int = Field(ge=1)
 
 

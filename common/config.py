@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.plan import Others, RouterMode
-from proxymoe.common.privacy import PrivacySettings
+from proxymoe.common.privacy_settings import PrivacySettings
 from proxymoe.common.section import Section
 
 

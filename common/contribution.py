@@ -5,12 +5,13 @@ allow it; see `secagg` for what the terms are.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 
+from proxymoe.common.discrete_gaussian import Steps
 from proxymoe.common.errors import ProtocolError
 from proxymoe.common.fixed_point import Floats, Numbers, Words
 from proxymoe.common.secagg import Phase, Terms, Threshold
@@ -48,6 +49,9 @@ class Contribution:
     """(P,) clipped."""
     weights: Floats
     """(blocks,) from 0 to 1; the sum is of weight · numbers, and of weights."""
+    noise: Callable[[int, int], Steps] | None = None
+    """(size, holders) → what this device adds to so many numbers of a block with so many holders.
+    With it, numbers are whole, and so is their sum; it may refuse with a ProtocolError."""
 
     @property
     def digest(self) -> str:
@@ -63,6 +67,10 @@ class Contribution:
             raise ProtocolError(f"update of norm {norm:.4g}, the limit is {terms.clip_norm}")
         if not bool(((self.weights >= 0) & (self.weights <= 1)).all()):
             raise ProtocolError("weights must be from 0 to 1")
+        if self.noise is not None and terms.encoding.step != 1.0:
+            raise ProtocolError(
+                f"noise on whole numbers, in words with steps of {terms.encoding.step:.4g}"
+            )
 
     def check_blocks(self, terms: Terms, device: int) -> None:
         """Raises ProtocolError if the terms think that this device holds other blocks."""
@@ -75,8 +83,10 @@ class Contribution:
                         f"there are {holds or 'none'}"
                     )
 
-    def words_of(self, terms: Terms, number: int, rng: np.random.Generator) -> tuple[Words, int]:
-        """The vector of a class, not masked yet, and how many of its numbers saturated."""
+    def words_of(
+        self, terms: Terms, number: int, holders: int, rng: np.random.Generator
+    ) -> tuple[Words, int]:
+        """The vector of a class with so many holders, not masked yet, and how much saturated."""
         ends = dict(zip(self.sizes, accumulate(self.sizes.values()), strict=True))
         place = {block: i for i, block in enumerate(self.sizes)}
         blocks, encoding = terms.classes[number].blocks, terms.encoding
@@ -85,6 +95,8 @@ class Contribution:
         saturated = 0
         for block, weight in zip(blocks, weights, strict=True):
             values = self.vector[ends[block] - self.sizes[block] : ends[block]]
+            if self.noise is not None:
+                values = values + self.noise(values.size, holders)
             words, lost = encoding.encode(values, float(weight), rng)
             parts.append(words)
             saturated += lost

@@ -207,7 +207,8 @@ class Device:
         secrets = {peer: agree(self._mask_key, state.roster[peer].mask_key) for peer in peers}
         packed, saturated = [], 0
         for number in self._terms.held(live, self._me):
-            words, lost = self._contribution.words_of(self._terms, number, self._rng)
+            holders = len(self._terms.classes[number].members.intersection(letter.senders))
+            words, lost = self._contribution.words_of(self._terms, number, holders, self._rng)
             plus, minus = self._mask_keys(transcript, number, state.seeds[number], secrets)
             add_masks(words, plus, minus)
             packed.append(pack(words, self._terms.word_bits))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from proxymoe.common.config import TrainSettings
 from proxymoe.common.errors import ProtocolError
+from proxymoe.common.privacy_settings import Noise
 
 MAGIC = b"PXM1"
 MAX_HEADER_BYTES = 64 << 10
@@ -49,6 +50,8 @@ class TrainTask(_Header):
     seed: int = Field(ge=0)
     masked: bool = False
     """Whether the update waits on the device until it is summed under masks."""
+    noise: Noise | None = None
+    """What is added to the sum, and by whom; None adds nothing."""
 
 
 class TrainReply(_Header):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from proxymoe.common.accounting import Exposure, epsilon_of, noise_for
 from proxymoe.common.errors import ConfigError
-from proxymoe.common.privacy import Mechanism, Mode, PrivacySettings, Span
+from proxymoe.common.privacy import Mechanism, Mode, Span
+from proxymoe.common.privacy_settings import PrivacySettings
 
 ROUNDING = 1e-9
 """Whole numbers are found to this precision."""

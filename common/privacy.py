@@ -33,15 +33,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 
 from proxymoe.common.discrete_gaussian import Bits, Steps, sample
 from proxymoe.common.errors import ConfigError, Diverged, ProtocolError
-from proxymoe.common.section import Section
 
 Numbers = NDArray[np.float64]
 CLIP_STEPS = 1 << 20
@@ -54,8 +52,6 @@ LEAST_VARIANCE = 16
 """In steps²: coarser noise is not what the theorems are about."""
 ROUNDING = 1.0 - 2.0**-24
 """Covers what computing a norm in fp64 may lose."""
-COUNT_SHARE = 20
-"""By default the noise on the count is one device in this many (Andrew et al. 2021)."""
 
 
 class Mode(StrEnum):
@@ -74,85 +70,6 @@ class Span(NamedTuple):
     """Numbers."""
     holders: int
     """Devices of the cohort that hold it; or that answered, where this is said."""
-
-
-class PrivacySettings(Section):
-    """How much privacy a run promises, and by which means."""
-
-    mode: Mode = Mode.CLIP_ONLY
-    noise_multiplier: float | None = Field(default=None, gt=0, le=1e4)
-    """z, if it is given rather than the epsilon."""
-    epsilon: float | None = Field(default=None, gt=0, le=1e3)
-    """What a run may spend on any device; z follows from it."""
-    delta: float = Field(default=1e-5, gt=0, lt=1)
-    accountant: Literal["rdp", "pld"] = "rdp"
-    """`rdp` is proven for discrete noise, `pld` tighter, for the continuous noise it tends to."""
-    sampling: Literal["none", "poisson"] = "none"
-    """`poisson` only where cohorts really come from `accounting.poisson_cohort`."""
-    tolerated_dropouts: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """Share of a block's holders that may drop out or collude; `distributed` only."""
-    adaptive: bool = False
-    """Whether the clip norm follows this quantile of the updates' norms."""
-    quantile: float = Field(default=0.5, gt=0, lt=1)
-    clip_rate: float = Field(default=0.2, gt=0, le=1)
-    """Natural logarithm of the largest factor by which a round moves the clip norm."""
-    count_noise: float | None = Field(default=None, gt=0)
-    """Standard deviation on the count, in devices; None is a twentieth of the cohort."""
-    smallest_clip_norm: float = Field(default=1e-2, gt=0)
-    largest_clip_norm: float = Field(default=30.0, gt=0)
-
-    @model_validator(mode="after")
-    def _means_something(self) -> Self:
-        given = [value for value in (self.noise_multiplier, self.epsilon) if value is not None]
-        if len(given) != (self.mode is not Mode.CLIP_ONLY):
-            raise ValueError(
-                f"mode {self.mode} with {len(given)} of noise_multiplier and epsilon: give one of "
-                "them, or none with clip_only"
-            )
-        if self.sampling == "poisson" and self.mode is not Mode.CENTRAL:
-            raise ValueError(
-                f"poisson sampling in mode {self.mode}: it hides nothing from a coordinator, who "
-                'knows whom it asked; use mode "central", or sampling "none"'
-            )
-        if (low := self.smallest_clip_norm) > (high := self.largest_clip_norm):
-            raise ValueError(f"smallest_clip_norm {low} is above largest_clip_norm {high}")
-        return self
-
-    def mechanism(
-        self,
-        clip_norm: float,
-        cohort_size: int,
-        noise_multiplier: float = 0.0,
-        clip_steps: int = CLIP_STEPS,
-    ) -> "Mechanism":
-        """The mechanism of a round.
-
-        Args:
-            clip_norm: C of this round.
-            cohort_size: devices that are asked.
-            noise_multiplier: z; of a promised epsilon, from `accounting.noise_for`.
-            clip_steps: steps of the grid in C; secure aggregation has its own.
-
-        Raises:
-            ConfigError: noise that cannot be, see `Mechanism`.
-        """
-        exact = self.mode is Mode.CLIP_ONLY
-        count_noise = 0.0 if exact else self.count_noise or cohort_size / COUNT_SHARE
-        return Mechanism(
-            mode=self.mode,
-            clip_norm=clip_norm,
-            noise_multiplier=0.0 if exact else self.noise_multiplier or noise_multiplier,
-            count_noise=count_noise if self.adaptive else None,
-            tolerated_dropouts=self.tolerated_dropouts,
-            clip_steps=clip_steps,
-        )
-
-    def next_clip_norm(self, clip_norm: float, share_within: float | None) -> float:
-        """C of the next round, given the share of updates within C, from `Released`."""
-        if not self.adaptive or share_within is None:
-            return clip_norm
-        moved = clip_norm * math.exp(-self.clip_rate * (share_within - self.quantile))
-        return min(max(moved, self.smallest_clip_norm), self.largest_clip_norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,14 +161,13 @@ class Mechanism:
             Diverged: the update is not finite.
             ConfigError: the grid is too coarse or too fine for the noise.
         """
-        steps, is_within = self._clipped(update)
+        steps, is_within = self.clipped(update)
         count = None if self.count_noise is None else (2 * is_within - 1) * COUNT_STEPS // 2
         if self.mode in (Mode.DISTRIBUTED, Mode.LOCAL):
             _check(spans, steps.size)
             for holders in {span.holders for span in spans}:
                 mine = np.repeat([s.holders == holders for s in spans], [s.size for s in spans])
-                variance = self._variance(self.update_noise * self.clip_steps, holders)
-                steps[mine] += sample(variance, int(mine.sum()), bits)
+                steps[mine] += self.share(int(mine.sum()), holders, bits)
             count = self._with_noise(count, cohort_size, bits)
         return Protected(steps, count)
 
@@ -288,7 +204,18 @@ class Mechanism:
         share = None if count is None else min(max(count / COUNT_STEPS / num_answered + 0.5, 0), 1)
         return Released(steps * self.step, share, tuple(np.flatnonzero(short).tolist()))
 
-    def _clipped(self, update: NDArray[np.floating]) -> tuple[Steps, bool]:
+    def share(self, size: int, holders: int, bits: Bits) -> Steps:
+        """What one device adds to so many numbers that `holders` devices hold; maybe nothing."""
+        if self.mode not in (Mode.DISTRIBUTED, Mode.LOCAL):
+            return np.zeros(size, dtype=np.int64)
+        return sample(self._variance(self.update_noise * self.clip_steps, holders), size, bits)
+
+    def clipped(self, update: NDArray[np.floating]) -> tuple[Steps, bool]:
+        """The update (P,) in grid steps, at most C long, and whether it was so before.
+
+        Raises:
+            Diverged: it is not finite.
+        """
         wide = update.astype(np.float64)
         norm = float(np.linalg.norm(wide))
         if not math.isfinite(norm):

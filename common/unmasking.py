@@ -92,6 +92,11 @@ class Coordinator:
         return frozenset(self._terms.devices[i] for i in self._asked - self._answers.keys())
 
     @property
+    def survivors(self) -> list[str]:
+        """Those whose updates are in the sums; nobody before the uploads are closed."""
+        return [self._terms.devices[i] for i in sorted(self._survivors)]
+
+    @property
     def is_enough(self) -> bool:
         """Whether the phase may be closed with those who have answered."""
         try:
@@ -257,8 +262,7 @@ class Coordinator:
             except ProtocolError as error:
                 masked[number] = str(error)
         self._totals = {}
-        survivors = tuple(self._terms.devices[i] for i in sorted(self._survivors))
-        self._result = Unmasked(survivors, tuple(sums), masked)
+        self._result = Unmasked(tuple(self.survivors), tuple(sums), masked)
         return {}
 
     def _recovered(self, device: int, shares: Mapping[int, bytes]) -> bytes:

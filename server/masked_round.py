@@ -8,16 +8,20 @@ update goes into one sum or none. Who answers when, and what it may not say, is 
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from proxymoe.common.adapter import AdapterLayout
 from proxymoe.common.directory import PinnedKeys
 from proxymoe.common.errors import ConfigError, ProtocolError, Unsummed
 from proxymoe.common.opening import Opening, opening_bytes
+from proxymoe.common.privacy import Protected, Span
 from proxymoe.common.secagg import Phase, Terms
 from proxymoe.common.unmasking import Coordinator
 from proxymoe.server.aggregate import BlockSum
@@ -53,6 +57,7 @@ class MaskedRound:
         exchange: see `Exchange`.
         keys: {device: PEM public key}.
         begin: makes it durable that these devices are about to be asked, and numbers the attempt.
+        spend: told of an attempt and of those in its sum, before anybody can read it; may refuse.
         clock, pause: seconds that pass; `pause` may raise, which ends the waiting.
     """
 
@@ -64,12 +69,18 @@ class MaskedRound:
         exchange: Exchange,
         keys: Mapping[str, str],
         begin: Callable[[list[str]], int],
+        spend: Callable[[int, list[str]], None] = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.notice = NOTICE.format(least=rules.smallest_class)
+        noise = federation.noise
+        clip_norm = federation.settings.clip_norm
+        self._mechanism = noise.mechanism(clip_norm) if noise else None
+        told = f"; {noise.mode} noise of {noise.noise_multiplier:.3g} C" if noise else ""
+        self.notice = NOTICE.format(least=rules.smallest_class) + told
         self._federation, self._number, self._rules = federation, number, rules
-        self._exchange, self._keys, self._begin = exchange, keys, begin
+        self._exchange, self._keys = exchange, keys
+        self._begin, self._spend = begin, spend
         self._clock, self._pause = clock, pause
         self._layouts: dict[str, AdapterLayout] = {}
 
@@ -91,6 +102,7 @@ class MaskedRound:
 
         Raises:
             Unsummed: too few of them were, in every attempt; says how the last one ended.
+            PrivacySpent: a device would spend more than it was promised; nothing was unmasked.
         """
         reason = "nobody was asked"
         for attempt in range(self._rules.attempts):
@@ -105,8 +117,8 @@ class MaskedRound:
                 self._federation.layout, terms, PinnedKeys(keys), os.cpu_count() or 1
             )
             try:
-                self._ask_through(secure.coordinator, self._openings(terms))
-                return secure.sum()
+                self._ask_through(secure.coordinator, terms, self._openings(terms))
+                return self._released(secure.sum())
             except ProtocolError as error:
                 reason = f"masked sum, attempt {terms.attempt}: {error}"
                 log.warning("round %d: %s", self._number, reason)
@@ -125,7 +137,7 @@ class MaskedRound:
             round=self._number,
             attempt=self._begin(sorted(layouts)),
             base=federation.base,
-            clip_norm=federation.settings.clip_norm,
+            clip_norm=None if self._mechanism else federation.settings.clip_norm,
             smallest_cohort=rules.smallest_cohort,
             smallest_class=rules.smallest_class,
         )
@@ -139,12 +151,16 @@ class MaskedRound:
             found[name] = opening_bytes(Opening(terms=terms, keys=keys, blocks=blocks, sizes=sizes))
         return found
 
-    def _ask_through(self, coordinator: Coordinator, questions: Mapping[str, bytes]) -> None:
+    def _ask_through(
+        self, coordinator: Coordinator, terms: Terms, questions: Mapping[str, bytes]
+    ) -> None:
         """Asks everything that there is to ask; ProtocolError if too few answer."""
         while (phase := coordinator.phase) is not Phase.OVER:
             self._gather(coordinator, questions)
             count = len(questions) - len(coordinator.awaited)
             log.info("round %d: %s: %d of %d devices", self._number, phase, count, len(questions))
+            if phase is Phase.RELEASE:
+                self._spend(terms.attempt, coordinator.survivors)
             questions = coordinator.close()
 
     def _gather(self, coordinator: Coordinator, questions: Mapping[str, bytes]) -> None:
@@ -166,6 +182,19 @@ class MaskedRound:
                 return
             if coordinator.awaited:
                 self._pause(min(left, self._rules.asking_seconds))
+
+    def _released(self, found: BlockSum) -> BlockSum:
+        """The sum as it may be shown: in numbers, and with the coordinator's noise if there is."""
+        if self._mechanism is None:
+            return found
+        sizes, holders = self._federation.layout.sizes, found.weight.round()
+        spans = [Span(size, int(n)) for size, n in zip(sizes, holders.tolist(), strict=True)]
+        total = Protected(np.rint(found.total.numpy()).astype(np.int64), None)
+        count = found.num_devices
+        released = self._mechanism.release(total, secrets.token_bytes, spans, spans, count, count)
+        # Where nobody's update went in there is no mean, and noise alone would not be one.
+        known = (holders > 0).repeat_interleave(torch.tensor(sizes))
+        return replace(found, total=torch.from_numpy(released.total) * known, weight=holders)
 
     def _receive(self, coordinator: Coordinator, name: str, content: bytes) -> None:
         try:

@@ -36,6 +36,7 @@ from proxymoe.server.extract import Extraction, budget_bytes, extract
 from proxymoe.server.members import Members
 from proxymoe.server.places import Places
 from proxymoe.server.prepare import Stage, prepare
+from proxymoe.server.promise import noise_of
 from proxymoe.server.round import Federation, Member
 from proxymoe.server.run_directory import RunDirectory
 
@@ -68,6 +69,7 @@ class Planner:
         self.layout = adapter_layout(
             self.base.skeleton, adapter.targets, adapter.rank, self._settings.seed
         )
+        self._noise = noise_of(self._settings)
         self.devices = Devices(run.devices_db)
         self._require_same_run()
         self.table = None if prepared.table is None else _blob(prepared.table)
@@ -138,6 +140,7 @@ class Planner:
             canary=canary,
             canary_limit=canary(None) + settings.federation.canary_tolerance,
             masked=settings.masked,
+            noise=self._noise,
         )
 
     def _moved(self, old: Application, new: Application) -> bool:
@@ -224,6 +227,7 @@ class Planner:
             clip_norm=settings.federation.clip_norm,
             cohort_size=settings.round_rules.needed(cohort),
             masked=settings.masked,
+            noise=self._noise,
             rounds=settings.federation.rounds,
         )
 

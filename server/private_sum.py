@@ -14,7 +14,8 @@ from torch import Tensor
 
 from proxymoe.common.adapter import AdapterLayout
 from proxymoe.common.errors import ConfigError, ProtocolError
-from proxymoe.common.privacy import Mechanism, PrivacySettings, Protected, Span
+from proxymoe.common.privacy import Mechanism, Protected, Span
+from proxymoe.common.privacy_settings import PrivacySettings
 from proxymoe.server.aggregate import BlockSum, Summation
 from proxymoe.server.round import Federation
 from proxymoe.server.spending import Budget, Release
@@ -31,12 +32,13 @@ def release_of(
     number: int,
     noise_multiplier: float,
     devices: Iterable[str],
+    attempt: int = ATTEMPT,
 ) -> Release:
     """What round `number` releases about these devices, as `spending.reserve` keeps it."""
     return Release(
         run=federation.run,
         round=number,
-        attempt=ATTEMPT,
+        attempt=attempt,
         mode=settings.mode.value,
         clip_norm=federation.settings.clip_norm,
         noise_multiplier=noise_multiplier,

@@ -1,28 +1,35 @@
 """What a coordinator promises its devices: the noise of a run, its price, and the account of it.
 
-A deployment adds noise itself (`central`), on the sum of updates that it sees. The promise holds
-for a device that is in every round, for nobody knows beforehand who will be.
+A coordinator adds noise itself (`central`), or devices do, under masks (`distributed`, `local`).
+The promise holds for a device that is in every round, for nobody knows beforehand who will be.
 """
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from pydantic import ValidationError
 
+from proxymoe.common.accounting import noise_for
 from proxymoe.common.adapter import AdapterLayout, adapter_layout
 from proxymoe.common.errors import ConfigError
+from proxymoe.common.letters import MAX_DEVICES
 from proxymoe.common.price import Price, price
-from proxymoe.common.privacy import Mode, PrivacySettings, Span
+from proxymoe.common.privacy import CLIP_STEPS, Mode, Span
+from proxymoe.common.privacy_settings import Noise, PrivacySettings, steps_under_masks
 from proxymoe.server.aggregate import PlainSum, Summation
 from proxymoe.server.base import BaseCheckpoint
-from proxymoe.server.private_sum import PrivateSum, budget_of, release_of
+from proxymoe.server.private_sum import ATTEMPT, PrivateSum, budget_of, release_of
 from proxymoe.server.round import Federation, Member
 from proxymoe.server.settings import CoordinatorSettings
 from proxymoe.server.spending import reserve
 from proxymoe.server.store import RoundStore
 
 SMALLER_RANKS = (16, 8, 4, 2, 1)
+TOLERATED = 1 / 3
+"""Share of a block's holders that may be missing from a masked sum."""
 
 
 def promised(
@@ -47,8 +54,9 @@ def promised(
         ConfigError: an epsilon out of reach, or `dp-accounting` is not installed.
     """
     cohort = cohort or settings.federation.cohort_size or max(1, len(members))
+    tolerated = {"tolerated_dropouts": _tolerated(settings, privacy)}
     return price(
-        privacy,
+        privacy.model_copy(update=tolerated),
         rounds=settings.federation.rounds,
         cohort_size=cohort,
         num_devices=cohort,
@@ -89,30 +97,72 @@ def smaller(settings: CoordinatorSettings, base: BaseCheckpoint) -> dict[str, in
     return found
 
 
+def noise_of(settings: CoordinatorSettings) -> Noise | None:
+    """The noise of every round, as its tasks tell it; None if there is none.
+
+    Under masks so many holders of a block may drop out as a masked sum allows.
+
+    Raises:
+        ConfigError: an epsilon out of reach, or `dp-accounting` is not installed.
+    """
+    privacy = settings.privacy
+    if privacy.mode is Mode.CLIP_ONLY:
+        return None
+    z = privacy.noise_multiplier or noise_for(
+        privacy.epsilon or math.inf,
+        privacy.delta,
+        settings.federation.rounds,
+        accountant=privacy.accountant,
+    )
+    steps = steps_under_masks(MAX_DEVICES, z) if settings.masked else CLIP_STEPS
+    return Noise(
+        mode=privacy.mode,
+        noise_multiplier=z,
+        delta=privacy.delta,
+        tolerated_dropouts=_tolerated(settings, privacy),
+        clip_steps=steps,
+    )
+
+
+def spending(
+    settings: CoordinatorSettings, federation: Federation, store: RoundStore
+) -> Callable[[int, int, Iterable[str]], None]:
+    """Puts on record what a release costs: of a round, in an attempt, about these devices.
+
+    It raises PrivacySpent if that is more than was promised to one of them.
+    """
+    privacy, noise = settings.privacy, federation.noise
+    assert noise is not None, "there is nothing to spend without noise"
+    z = noise.noise_multiplier
+
+    def spend(number: int, attempt: int, devices: Iterable[str]) -> None:
+        release = release_of(privacy, federation, number, z, devices, attempt)
+        now, told = time.time(), {"round": number, "noise_multiplier": z}
+        with store.change(now, "privacy", **told, devices=list(release.devices)) as database:
+            reserve(database, now, release, budget_of(privacy))
+
+    return spend
+
+
 def summations(
     settings: CoordinatorSettings, federation: Federation, store: RoundStore
 ) -> Callable[[int], Summation]:
-    """The summation of each round; one with noise puts what it costs on record before.
-
-    Raises:
-        ConfigError: see `promised`.
-    """
-    privacy, layout = settings.privacy, federation.layout
-    if privacy.mode is Mode.CLIP_ONLY:
+    """The summation in the clear of each round; with noise, what it costs is on record before."""
+    layout, noise = federation.layout, federation.noise
+    if noise is None:
         return lambda _: PlainSum(layout)
-    z = promised(settings, privacy, layout, federation.members).noise_multiplier
-    mechanism = privacy.mechanism(federation.settings.clip_norm, len(federation.members), z)
+    mechanism = noise.mechanism(federation.settings.clip_norm)
+    spend = spending(settings, federation, store)
 
     def summation_of(number: int) -> Summation:
-        def spend(devices: Iterable[str]) -> None:
-            release = release_of(privacy, federation, number, z, devices)
-            now, told = time.time(), {"round": number, "noise_multiplier": z}
-            with store.change(now, "privacy", **told, devices=list(release.devices)) as database:
-                reserve(database, now, release, budget_of(privacy))
-
-        return PrivateSum(layout, mechanism, PlainSum(layout), secrets.token_bytes, spend)
+        account = partial(spend, number, ATTEMPT)
+        return PrivateSum(layout, mechanism, PlainSum(layout), secrets.token_bytes, account)
 
     return summation_of
+
+
+def _tolerated(settings: CoordinatorSettings, privacy: PrivacySettings) -> float:
+    return max(privacy.tolerated_dropouts, TOLERATED if settings.masked else 0.0)
 
 
 def _spans(layout: AdapterLayout, members: Mapping[str, Member], cohort: int) -> list[Span]:

@@ -28,6 +28,7 @@ from proxymoe.common.messages import (
     encode,
 )
 from proxymoe.common.plan import Plan
+from proxymoe.common.privacy_settings import Noise
 from proxymoe.server import strategy
 from proxymoe.server.aggregate import BlockSum, Summation
 from proxymoe.server.schedule import decay, sample_cohort, server_rate, task_seed
@@ -116,6 +117,8 @@ class Federation:
     canary_limit: float
     masked: bool = False
     """Whether updates wait on their devices until they are summed under masks."""
+    noise: Noise | None = None
+    """What is added to every sum, and by whom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,7 @@ def tasks_of(
             clip_norm=settings.clip_norm,
             seed=task_seed(federation.seed, number, name),
             masked=federation.masked,
+            noise=federation.noise,
         )
         held = member.layout.take_from(federation.layout, state.adapter)
         tasks[name] = encode(task, held.numpy())

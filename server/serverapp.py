@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from proxymoe.server.flower import COORDINATOR
 from proxymoe.server.lock import held
 from proxymoe.server.masked_round import MaskedRound, MaskRules
 from proxymoe.server.planner import Planner
-from proxymoe.server.promise import summations
+from proxymoe.server.promise import spending, summations
 from proxymoe.server.round import Federation
 from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.status import engine_file, engine_lock
@@ -96,14 +97,21 @@ def masking(
         attempts=sums.attempts,
     )
 
+    spend = spending(run.settings, federation, store) if federation.noise else _nothing
+
     def summation_of(number: int) -> Summation:
         def begin(names: list[str]) -> int:
             return store.begin_attempt(number, names, time.time())
 
-        keys = devices.public_keys()
-        return MaskedRound(federation, number, rules, transport.exchange_letters, keys, begin)
+        keys, account = devices.public_keys(), partial(spend, number)
+        letters = transport.exchange_letters
+        return MaskedRound(federation, number, rules, letters, keys, begin, account)
 
     return summation_of
+
+
+def _nothing(number: int, attempt: int, devices: Iterable[str]) -> None:
+    """What a sum without noise puts on the account."""
 
 
 def admission(devices: Devices, nodes: Callable[[], Iterable[Any]]) -> Callable[[int, str], bool]:

@@ -21,7 +21,8 @@ from proxymoe.common.config import (
 )
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.price import unkept
-from proxymoe.common.privacy import Mode, PrivacySettings
+from proxymoe.common.privacy import Mode
+from proxymoe.common.privacy_settings import PrivacySettings
 from proxymoe.common.section import Section, commented_toml
 
 if TYPE_CHECKING:
@@ -173,8 +174,9 @@ class CoordinatorSettings(Section):
                 f"federation.canary_every is {every}; a coordinator commits every round, so every "
                 "candidate is checked: set it to 1"
             )
-        if told := unkept(self.privacy, Mode.CLIP_ONLY, Mode.CENTRAL):
-            raise ValueError(told)
+        modes = tuple(Mode) if self.masked else (Mode.CLIP_ONLY, Mode.CENTRAL)
+        if told := unkept(self.privacy, *modes):
+            raise ValueError(told if self.masked else f"{told}; with sums.masked = true, all are")
         asked, fewest = self.federation.cohort_size, self.rules.min_devices
         if asked is not None and asked < fewest:
             raise ValueError(f"federation.cohort_size {asked} is below rules.min_devices {fewest}")
@@ -182,11 +184,6 @@ class CoordinatorSettings(Section):
             raise ValueError(
                 f"federation.cohort_size {asked} is below sums.smallest_cohort {least}; raise it, "
                 "or set sums.masked to false"
-            )
-        if self.masked and self.privacy.mode is not Mode.CLIP_ONLY:
-            raise ValueError(
-                f"privacy.mode {self.privacy.mode.value!r} under masks is not there yet; set "
-                "sums.masked to false"
             )
         return self
 
@@ -196,7 +193,7 @@ class CoordinatorSettings(Section):
         if self.sums.masked is not None:
             return self.sums.masked
         expected = self.federation.cohort_size or self.rules.min_devices
-        return expected >= self.sums.smallest_cohort and self.privacy.mode is Mode.CLIP_ONLY
+        return expected >= self.sums.smallest_cohort
 
     @property
     def round_rules(self) -> "Rules":

@@ -21,9 +21,9 @@ import numpy as np
 from proxymoe.common.accounting import epsilon_of
 from proxymoe.common.config import Experiment
 from proxymoe.common.errors import ConfigError
-from proxymoe.common.fixed_point import FixedPoint
 from proxymoe.common.price import Price, price, unkept
 from proxymoe.common.privacy import CLIP_STEPS, Mode, Span
+from proxymoe.common.privacy_settings import steps_under_masks
 from proxymoe.server import spending
 from proxymoe.server.aggregate import PlainSum, Summation
 from proxymoe.server.private_sum import PrivateSum, budget_of, release_of
@@ -31,8 +31,6 @@ from proxymoe.server.round import Federation
 from proxymoe.simulations.secure import MaskedSum
 
 SPENT = "privacy.db"
-NOISE_RANGE = 12.0
-"""Noise beyond so many standard deviations is never drawn."""
 
 
 def require_summable(experiment: Experiment) -> None:
@@ -70,8 +68,7 @@ class Summing:
             return inner
         z, steps = self.price.noise_multiplier, CLIP_STEPS
         if self.experiment.secure:  # what a word holds is more than any noise that is drawn
-            levels = FixedPoint(32, self.cohort_size, 1.0).levels
-            steps = min(steps, int(levels / (1 + NOISE_RANGE * z)))
+            steps = steps_under_masks(self.cohort_size, z)
         mechanism = settings.mechanism(federation.settings.clip_norm, self.cohort_size, z, steps)
         return PrivateSum(
             federation.layout, mechanism, inner, rng.bytes, lambda names: self._spend(number, names)

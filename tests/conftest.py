@@ -12,7 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,18 @@ def one_thread() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A test leaves the answers to signals as they were: the next one may need them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    after = {number: signal.getsignal(number) for number in before}
+    for number, handler in before.items():
+        if handler is not after[number] and handler is not None:
+            signal.signal(number, handler)
+    assert after == before
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from unittest import mock
 
-from proxymoe.client.ledger import Entry, Kind, Ledger
+from proxymoe.client.entries import Entry, Kind
+from proxymoe.client.ledger import Ledger
 from proxymoe.common.certificates import check_device_certificate
 from proxymoe.common.errors import ProtocolError
 from proxymoe.common.files import digest_of

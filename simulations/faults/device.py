@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from proxymoe.client.entries import Entry, Kind
 from proxymoe.client.job import JobDied, JobProcess, Pair
-from proxymoe.client.ledger import Entry, Kind, Ledger
+from proxymoe.client.ledger import Ledger
 from proxymoe.client.store import Store
 from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.files import digest_of

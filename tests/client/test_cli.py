@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from proxymoe.client import cli
+from proxymoe.client.entries import Entry, Kind
 from proxymoe.client.home import Home
-from proxymoe.client.ledger import Entry, Kind
 from proxymoe.common.files import digest_of
 from tests.settled import NOWHERE, enrolled, settle, write_policy
 

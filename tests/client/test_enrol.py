@@ -12,8 +12,8 @@ from starlette.routing import Route
 
 from proxymoe.client.attempts import Patience
 from proxymoe.client.enrol import EnrolmentRefused, enrol
+from proxymoe.client.entries import Kind
 from proxymoe.client.home import Home
-from proxymoe.client.ledger import Kind
 from proxymoe.client.policy import Coordinator, Policy, Resources, load_policy, policy_text
 from proxymoe.client.retry import Backoff, TransferError
 from proxymoe.common.certificates import check_device_certificate, new_authority

@@ -10,8 +10,8 @@ import pytest
 from flwr.app import ConfigRecord, Error, RecordDict
 
 from proxymoe.client import guard as module
+from proxymoe.client.entries import Kind
 from proxymoe.client.guard import Guard
-from proxymoe.client.ledger import Kind
 from proxymoe.client.policy import Coordinator, Privacy, Resources, Training, When
 from proxymoe.common import letters
 from proxymoe.common.assignment import Assignment, Blob, issue_assignment
@@ -32,6 +32,8 @@ from proxymoe.common.messages import (
     TrainTask,
     encode,
 )
+from proxymoe.common.privacy import Mode
+from proxymoe.common.privacy_settings import Noise
 from proxymoe.common.tickets import Ticket, issue_ticket
 from tests.assigner import SIGNING, easy_policy, enrolled_home, set_policy
 
@@ -470,7 +472,6 @@ def letter(content=None, ticket=None):
     ("reply", "kind"),
     [
         (letter_bytes(**KEYS), Kind.SHARES),
-        (letter_bytes(letters.Upload, b"words"), Kind.MASKED),
         (letter_bytes(letters.Consent), Kind.SHARES),
     ],
 )
@@ -519,3 +520,69 @@ def test_a_letter_takes_no_memory_and_no_training(guard, home, tmp_path):
     set_policy(home, easy_policy(tmp_path, resources=small, training=less))
     assert guard.check(training()) == "policy"
     assert guard.check(letter()) is None
+
+
+NOISE = Noise(
+    mode=Mode.DISTRIBUTED, noise_multiplier=2.0, delta=1e-6, tolerated_dropouts=0.5, clip_steps=9
+)
+
+
+def test_noise_is_paid_for_when_the_masked_update_leaves(guard, home):
+    masked = task_bytes(masked=True, noise=NOISE)
+    for number in range(2):
+        assert guard.check(training(masked)) is None
+        with guard.sending(training(masked), answer(content=TRAINED)):
+            pass
+        assert guard.check(letter()) is None
+        upload = letter_bytes(letters.Upload, b"words")
+        with guard.sending(letter(), answer(content=upload)):
+            pass
+        (entry, _), (notice, _) = entries(home)[-1:] + entries(home)[-2:-1]
+        assert (notice.epsilon, notice.noise) == (None, None)
+        assert (entry.kind, entry.clip_norm, entry.noise) == (Kind.MASKED, 1.0, 2.0)
+        assert (entry.epsilon, entry.delta) == (NOISE.cost(number * 0.25), 1e-6)
+        assert home.usage(NOW).exposure == (number + 1) * 0.25
+    assert home.usage(NOW).epsilon == pytest.approx(NOISE.cost(0.0) + NOISE.cost(0.25))
+
+
+def test_noise_of_the_coordinator_counts_for_an_update_in_the_clear(guard, home):
+    central = NOISE.model_copy(update={"mode": Mode.CENTRAL})
+    task = task_bytes(noise=central)
+    assert guard.check(training(task)) is None
+    with guard.sending(training(task), answer(content=reply_bytes())):
+        pass
+    ((entry, _),) = entries(home)
+    assert (entry.kind, entry.epsilon, entry.exposure) == (Kind.UPDATE, NOISE.cost(0.0), 0.25)
+
+
+def test_an_owner_may_want_noise_and_not_too_little(guard, home, tmp_path):
+    for largest, word in ((8.0, None), (1.0, "policy")):
+        wanted = Privacy(smallest_cohort=1, noise_required=True, largest_epsilon=largest)
+        set_policy(home, easy_policy(tmp_path, privacy=wanted))
+        assert guard.check(training(task_bytes(masked=True, noise=NOISE))) == word
+        assert guard.check(training()) == "policy"
+    assert "asked: an update without noise" in refusals(home)[-1]["reason"]
+    loose = NOISE.model_copy(update={"delta": 0.1})
+    wanted = Privacy(smallest_cohort=1, largest_epsilon=1000.0)
+    set_policy(home, easy_policy(tmp_path, privacy=wanted))
+    assert guard.check(training(task_bytes(noise=loose))) == "policy"
+    assert "privacy.largest_delta" in refusals(home)[-1]["reason"]
+
+
+def test_a_promise_in_the_assignment_is_judged_before_there_is_a_task(guard, home, tmp_path):
+    wanted = Privacy(smallest_cohort=1, noise_required=True)
+    set_policy(home, easy_policy(tmp_path, privacy=wanted))
+    assert guard.check(message(DESCRIBE)) == "policy"
+    promised = ASSIGNMENT.model_copy(update={"noise": NOISE})
+    home.keep_assignment(issue_assignment(promised, SIGNING))
+    assert guard.check(message(DESCRIBE)) is None
+
+
+def test_a_masked_update_of_no_known_task_stays(guard, home):
+    assert guard.check(letter()) is None
+    with (
+        pytest.raises(ProtocolError, match="of no known task"),
+        guard.sending(letter(), answer(content=letter_bytes(letters.Upload, b"words"))),
+    ):
+        raise AssertionError("it was let out")
+    assert entries(home) == []

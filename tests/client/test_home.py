@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 
 import pytest
 
+from proxymoe.client.entries import Entry, Kind
 from proxymoe.client.home import DAYS_KEPT, OURS, EnrolmentRecord, Home, ReleasedMixture
-from proxymoe.client.ledger import Entry, Kind
 from proxymoe.client.policy import Coordinator, Policy, Resources, policy_text
 from proxymoe.common.assignment import Assignment, Blob, issue_assignment
 from proxymoe.common.config import AdapterSettings, TrainSettings

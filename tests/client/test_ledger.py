@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from proxymoe.client import ledger as ledger_module
-from proxymoe.client.ledger import Entry, Head, Kind, Ledger, Totals
+from proxymoe.client.entries import Entry, Kind
+from proxymoe.client.ledger import Head, Ledger, Totals
 from proxymoe.common.errors import DataError, IntegrityError
 from tests.laws import tried
 
@@ -38,7 +39,8 @@ MIXTURE = Entry(
 WRITER = """
 import sys
 from pathlib import Path
-from proxymoe.client.ledger import Entry, Kind, Ledger
+from proxymoe.client.entries import Entry, Kind
+from proxymoe.client.ledger import Ledger
 path, name, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 ledger = Ledger.create(path)
 for number in range(count):

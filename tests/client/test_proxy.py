@@ -9,8 +9,8 @@ import torch
 
 from proxymoe.client import submodel
 from proxymoe.client.attempts import Patience
+from proxymoe.client.entries import Kind
 from proxymoe.client.home import Home
-from proxymoe.client.ledger import Kind
 from proxymoe.client.personalize import personalize
 from proxymoe.client.policy import Coordinator, Privacy, Resources, Training
 from proxymoe.client.proxy import (

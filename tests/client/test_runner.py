@@ -31,9 +31,9 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 
 from proxymoe.client import node, runner, service
 from proxymoe.client import supernode as supernode_api
+from proxymoe.client.entries import Kind
 from proxymoe.client.guard import Guard
 from proxymoe.client.inventory import describe
-from proxymoe.client.ledger import Kind
 from proxymoe.client.runner import DIED, FAILED, MAX_REASON, REFUSED, Runner
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.messages import DESCRIBE, RECORD

@@ -7,7 +7,8 @@ import pytest
 from proxymoe.common.accounting import Exposure, epsilon_of
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.price import price
-from proxymoe.common.privacy import PrivacySettings, Span
+from proxymoe.common.privacy import Span
+from proxymoe.common.privacy_settings import PrivacySettings
 
 CENTRAL = PrivacySettings(mode="central", noise_multiplier=1.0, delta=1e-4)
 

@@ -14,14 +14,8 @@ from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
 
 from proxymoe.common.errors import ConfigError, Diverged, ProtocolError
-from proxymoe.common.privacy import (
-    COUNT_STEPS,
-    Mechanism,
-    Mode,
-    PrivacySettings,
-    Protected,
-    Span,
-)
+from proxymoe.common.privacy import COUNT_STEPS, Mechanism, Mode, Protected, Span
+from proxymoe.common.privacy_settings import PrivacySettings
 
 SIZE = 40_000
 NOISY = [Mode.CENTRAL, Mode.DISTRIBUTED, Mode.LOCAL]

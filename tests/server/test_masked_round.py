@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from proxymoe.common.errors import ConfigError, ProtocolError, Unsummed
+from proxymoe.common.errors import ConfigError, PrivacySpent, ProtocolError, Unsummed
 from proxymoe.common.messages import TrainReply, TrainTask, decode, encode
+from proxymoe.common.privacy_settings import Noise
 from proxymoe.common.secagg import Phase
 from proxymoe.server import masked_round
 from proxymoe.server.aggregate import PlainSum
@@ -57,8 +58,8 @@ def round_of(fleet, rules=RULES, names="abc", clock=None, **changes):
         given["exchange"],
         given["keys"],
         lambda _: next(attempts),
-        clock,
-        clock.pause,
+        clock=clock,
+        pause=clock.pause,
     )
     for name in names:
         summation.add(name, FEDERATION.members[name].layout, NOTHING, 1.0)
@@ -75,13 +76,13 @@ def plainly(names="abc"):
     return summation.sum()
 
 
-def require_same(found, expected):
+def require_same(found, expected, atol=2e-4):
     """Equal, but for blocks that only one device holds."""
     assert found.num_devices == expected.num_devices
     known = expected.weight >= RULES.smallest_class
     assert torch.equal(found.weight, expected.weight * known)
     numbers = known.repeat_interleave(torch.tensor(FEDERATION.layout.sizes))
-    assert torch.allclose(found.total, expected.total * numbers, atol=2e-4)
+    assert torch.allclose(found.total, expected.total * numbers, atol=atol)
 
 
 def test_the_sum_over_letters_is_the_plain_sum(fleet):
@@ -274,3 +275,108 @@ def test_a_task_tells_that_its_update_waits():
     in_the_clear, _ = decode(encode(header.model_copy(update={"masked": False})))
     assert not in_the_clear.model_dump()["masked"]
     assert isinstance(decode(honest(task))[0], TrainReply)
+
+
+# Noise
+
+Z = 0.5
+
+
+def noisy(mode, z=Z, **changes):
+    told = {"tolerated_dropouts": 1 / 3, "delta": 1e-5, "clip_steps": 20_000, **changes}
+    noise = Noise.model_validate({"mode": mode, "noise_multiplier": z, **told})
+    return replace(FEDERATION, noise=noise)
+
+
+def with_noise(tmp_path, federation, spend=lambda *_: None):
+    fleet = Fleet(tmp_path, federation)
+    fleet.train(federation)
+    clock = Clock()
+    letters = fleet.exchange_letters
+    found = MaskedRound(
+        federation, 1, RULES, letters, fleet.keys, lambda _: 0, spend, clock, clock.pause
+    )
+    for name, member in federation.members.items():
+        found.add(name, member.layout, NOTHING, 1.0)
+    return found, fleet
+
+
+def deviation(found, holders):
+    """Of the noise in the sum of blocks that so many devices hold."""
+    expected = plainly()
+    mine = (expected.weight == holders).repeat_interleave(torch.tensor(FEDERATION.layout.sizes))
+    return float((found.total - expected.total)[mine].std())
+
+
+@pytest.mark.parametrize(
+    ("mode", "factor"),
+    # Shares are made so that the noise is whole with two of three, or with both of two.
+    [("central", 1.0), ("distributed", (3 / 2) ** 0.5), ("local", 3**0.5)],
+)
+def test_the_sum_has_the_noise_that_was_told(tmp_path, mode, factor):
+    summation, _ = with_noise(tmp_path, noisy(mode))
+    assert f"{mode} noise of 0.5 C" in summation.notice
+    found = summation.sum()
+    known = plainly().weight >= RULES.smallest_class
+    assert torch.equal(found.weight, plainly().weight * known)
+    clip_norm = FEDERATION.settings.clip_norm
+    assert deviation(found, 3) == pytest.approx(Z * clip_norm * factor, rel=0.4)
+    unknown = (~known).repeat_interleave(torch.tensor(FEDERATION.layout.sizes))
+    assert not found.total[unknown].any()
+
+
+def test_with_little_noise_the_sum_is_the_plain_sum(tmp_path):
+    federation = noisy("distributed", z=1e-3)
+    require_same(with_noise(tmp_path, federation)[0].sum(), plainly(), atol=2e-2)
+
+
+def test_what_a_sum_costs_is_on_record_before_it_is_read(tmp_path):
+    spent = []
+    summation, fleet = with_noise(tmp_path, noisy("distributed"), lambda *told: spent.append(told))
+    fleet.restart("c")
+    summation.sum()
+    assert spent == [(0, ["a", "b"])]
+
+
+def test_a_sum_that_would_cost_too_much_is_not_read(tmp_path):
+    def spend(*_):
+        raise PrivacySpent("no more")
+
+    summation, _ = with_noise(tmp_path, noisy("distributed"), spend)
+    with pytest.raises(PrivacySpent):
+        summation.sum()
+    federation = replace(RUN, noise=noisy("distributed").noise)
+    (tmp_path / "more").mkdir()
+    fleet = Fleet(tmp_path / "more", federation)
+    store = RoundStore(tmp_path / "run", federation.run, federation.layout.size)
+
+    def summation_of(number):
+        clock, letters = Clock(), fleet.exchange_letters
+        return MaskedRound(
+            federation, number, RULES, letters, fleet.keys, lambda _: 0, spend, clock, clock.pause
+        )
+
+    RoundEngine(federation, store, fleet, summation_of, Rules()).run()
+    assert {found.phase for found in store.rounds()} == {RoundPhase.ABANDONED}
+    assert store.rounds()[0].reason == "no more"
+
+
+def test_devices_do_not_upload_where_too_little_noise_could_be_left(tmp_path):
+    federation = replace(RUN, noise=noisy("distributed", tolerated_dropouts=0.0).noise)
+    fleet = Fleet(tmp_path, federation)
+    fleet.train(federation)
+    clock, attempts = Clock(), itertools.count()
+    summation = MaskedRound(
+        federation,
+        1,
+        replace(RULES, attempts=1),
+        fleet.exchange_letters,
+        fleet.keys,
+        lambda _: next(attempts),
+        clock=clock,
+        pause=clock.pause,
+    )
+    for name, member in federation.members.items():
+        summation.add(name, member.layout, NOTHING, 1.0)
+    with pytest.raises(Unsummed, match="0 devices answered in the phase 'upload'"):
+        summation.sum()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,11 @@ from typer.testing import CliRunner
 
 from proxymoe.common.config import FederationSettings
 from proxymoe.common.errors import ConfigError
-from proxymoe.common.privacy import Mode, PrivacySettings
+from proxymoe.common.privacy import CLIP_STEPS, Mode
+from proxymoe.common.privacy_settings import PrivacySettings
 from proxymoe.server import audit, cli, planner, promise, tables
 from proxymoe.server.engine import RoundEngine, Rules
-from proxymoe.server.promise import promised, summations, thought_about
+from proxymoe.server.promise import noise_of, promised, summations, thought_about
 from proxymoe.server.settings import CoordinatorSettings
 from proxymoe.server.spending import exposures
 from proxymoe.server.store import Phase, RoundStore
@@ -34,7 +36,9 @@ def settings_of(federation, privacy):
 
 def engine_of(folder, federation, privacy):
     store = RoundStore(folder, federation.run, federation.layout.size)
-    made = summations(settings_of(federation, privacy), federation, store)
+    settings = settings_of(federation, privacy)
+    federation = replace(federation, noise=noise_of(settings))
+    made = summations(settings, federation, store)
     return store, RoundEngine(federation, store, InMemory(), made, Rules(quorum=1.0))
 
 
@@ -160,3 +164,51 @@ def test_the_command_line_prices_promises_for_any_cohort(monkeypatch):
     told = " ".join(asked("--epsilon", "2", "--delta", "0.5").split())
     assert "would allow to give one away whole" in told
     assert "useful would be" in told
+
+
+def test_tasks_tell_the_noise_that_was_priced():
+    federation = small_federation()
+    openly = settings_of(federation, CENTRAL)
+    noise = noise_of(openly)
+    assert noise is not None
+    price = promised(openly, CENTRAL, federation.layout, federation.members)
+    assert (noise.mode, noise.delta) == (Mode.CENTRAL, 1e-3)
+    assert noise.noise_multiplier == price.noise_multiplier
+    assert noise.tolerated_dropouts == CENTRAL.tolerated_dropouts
+    assert noise_of(settings_of(federation, PrivacySettings())) is None
+    fixed = PrivacySettings(mode=Mode.CENTRAL, noise_multiplier=3.0)
+    found = noise_of(settings_of(federation, fixed))
+    assert found is not None
+    assert found.noise_multiplier == 3.0
+
+
+def test_under_masks_a_third_may_drop_out_and_words_hold_the_noise():
+    federation = small_federation()
+    shared = PrivacySettings(mode=Mode.DISTRIBUTED, epsilon=8.0, delta=1e-3)
+    masked = CoordinatorSettings.model_validate(
+        settings_of(federation, PrivacySettings()).model_dump()
+        | {"sums": {"masked": True}, "privacy": shared}
+    )
+    noise = noise_of(masked)
+    assert noise is not None
+    assert noise.tolerated_dropouts == 1 / 3
+    assert noise.clip_steps < CLIP_STEPS
+    price = promised(masked, shared, federation.layout, {}, cohort=9)
+    with_less = promised(settings_of(federation, CENTRAL), shared, federation.layout, {}, cohort=9)
+    assert price.noise > with_less.noise, "more shares may be missing, so each is larger"
+
+
+def test_a_release_under_masks_is_on_record_once_per_attempt(tmp_path):
+    settings = settings_of(small_federation(), CENTRAL)
+    federation = replace(small_federation(), noise=noise_of(settings))
+    store = RoundStore(tmp_path, federation.run, federation.layout.size)
+    spend = promise.spending(settings, federation, store)
+    spend(1, 2, ["b", "a"])
+    assert federation.noise is not None
+    z = federation.noise.noise_multiplier
+    assert {name: e.inverse_squares for name, e in exposures(store.database).items()} == {
+        "a": z**-2,
+        "b": z**-2,
+    }
+    spend(1, 2, ["a", "b"])
+    assert exposures(store.database)["a"].inverse_squares == z**-2

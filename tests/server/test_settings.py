@@ -78,9 +78,10 @@ def test_the_file_explains_every_setting_of_a_coordinator():
             "[sums]\nmasked = true\n[federation]\ncohort_size = 7",
             "cohort_size 7 is below sums.smallest_cohort 8; raise it, or set sums.masked to false",
         ),
+        ("[privacy]\nmode = 'distributed'\nepsilon = 2.0", "privacy.mode distributed"),
         (
-            "[sums]\nmasked = true\n[privacy]\nmode = 'central'\nepsilon = 2.0",
-            "privacy.mode 'central' under masks is not there yet; set sums.masked to false",
+            "[sums]\nmasked = true\n[privacy]\nmode = 'central'\nepsilon = 2.0\nadaptive = true",
+            "privacy.mode central",
         ),
         ("[sums]\nsmallest_class = 1", "sums.smallest_class"),
         ("[blobs]\nstreams = 0", "blobs.streams"),
@@ -197,7 +198,7 @@ def test_the_store_is_this_runs(tmp_path):
         ({"federation": {"cohort_size": 8}, "sums": {"masked": False}}, False, 1),
         ({"federation": {"cohort_size": 8}, "sums": {"smallest_cohort": 9}}, False, 1),
         ({"sums": {"masked": True, "smallest_cohort": 3}}, True, 3),
-        ({"rules": {"min_devices": 9}, "privacy": {"mode": "central", "epsilon": 2.0}}, False, 9),
+        ({"rules": {"min_devices": 9}, "privacy": {"mode": "local", "epsilon": 2.0}}, True, 9),
     ],
 )
 def test_sums_are_masked_where_rounds_are_large_enough(fields, masked, fewest):
