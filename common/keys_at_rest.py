@@ -9,6 +9,7 @@ it too, and gains nothing by that. To rotate a passphrase, reseal; to rotate a k
 import os
 import stat
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +26,8 @@ from proxymoe.common.identity import MAX_PEM_BYTES
 MAGIC = b"PXK1\n"
 MAX_FILE_BYTES = 2 * MAX_PEM_BYTES
 PRIVATE = 0o600
+PASSPHRASE_FILE = "PROXYMOE_PASSPHRASE_FILE"  # noqa: S105  a name, and no passphrase
+"""Environment variable that names a file with the passphrase of a service's keys."""
 _KEY_BYTES = 32
 Salt = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
@@ -76,6 +79,20 @@ class _Header(BaseModel):
     slow: Annotated[Argon2 | ScryptCost, Field(discriminator="kdf")]
 
 
+def passphrase(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What the file says that PASSPHRASE_FILE names, without the end of its line; None without.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if not (named := environment.get(PASSPHRASE_FILE)):
+        return None
+    try:
+        return Path(named).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{PASSPHRASE_FILE}={named}: cannot be read ({error})") from error
+
+
 def slow_hash() -> Argon2 | ScryptCost:
     """The best that the installed library has, with a new salt."""
     salt = os.urandom(16).hex()
@@ -115,7 +132,9 @@ def open_key(content: bytes, passphrase: str | None) -> bytes:
     if not content.startswith(MAGIC):
         return content
     if passphrase is None:
-        raise ConfigError("the key is sealed; give its passphrase")
+        raise ConfigError(
+            f"the key is sealed; give its passphrase, in a file that {PASSPHRASE_FILE} names"
+        )
     sealed, digest = content[:-32], content[-32:]
     start = len(MAGIC) + 2
     if len(content) > MAX_FILE_BYTES or bytes.fromhex(digest_of(sealed)) != digest:

@@ -17,6 +17,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import Progress, TaskID  # noqa: E402
 
 from proxymoe.common.errors import ConfigError, ProxyMoEError  # noqa: E402
+from proxymoe.common.keys_at_rest import PASSPHRASE_FILE, passphrase  # noqa: E402
 from proxymoe.common.tickets import new_token, secret_digest  # noqa: E402
 from proxymoe.server import tables  # noqa: E402
 from proxymoe.server.begin import settings_of  # noqa: E402
@@ -94,10 +95,31 @@ def serve(directory: Directory) -> None:
     with _told():
         run = _run(directory)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        _ = run.authority, run.signing_key  # who has no passphrase hears of it here, and once
         with supervised(run) as supervisor:
             for line in tables.listens(run):
                 console.print(line)
             supervisor.run()
+
+
+@app.command()
+def seal(
+    directory: Directory,
+    new: Annotated[
+        Path | None, typer.Option("--new", help="File with the new passphrase; else it is asked.")
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="No passphrase any more.")] = False,
+) -> None:
+    """Seals keys with a passphrase; the one so far is in the file $PROXYMOE_PASSPHRASE_FILE."""
+    with _told():
+        run, words = _run(directory), None
+        if new is not None:
+            words = passphrase({PASSPHRASE_FILE: str(new)})
+        elif not remove:
+            words = typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True)
+        run.reseal(passphrase(), words)
+        told = "are not sealed any more" if words is None else "are sealed with the new passphrase"
+        console.print(f"{run.ca_key.name} and {run.signing_key_file.name} {told}")
 
 
 @app.command()
@@ -110,7 +132,7 @@ def enrol(
     with _told(), _devices(directory) as (run, devices):
         expires = time.time() + hours * HOUR
         token = new_token(
-            run.settings.network.gateway_address, run.authority.certificate, device, expires
+            run.settings.network.gateway_address, run.authority_certificate, device, expires
         )
         devices.invite(device, secret_digest(token.secret), token.expires)
         typer.echo(token.text)  # as it is: it goes into a file or through a pipe

@@ -52,7 +52,7 @@ def serve_gateway(run: RunDirectory) -> None:
         blobs=network.blob_address,
         register=registration(devices, SuperLink(run).register),
     )
-    client = superlink_client(f"https://{superlink_address(run)}", run.authority.certificate)
+    client = superlink_client(f"https://{superlink_address(run)}", run.authority_certificate)
     tls = (None, None) if network.plain_text else (run.server_certificate, run.server_key)
     public = listener(
         gateway(client, enrolment, RateLimit()), network.host, network.gateway_port, *tls
@@ -119,9 +119,9 @@ def serve_plans_and_blobs(run: RunDirectory) -> None:
     from proxymoe.server.planner import Planner  # noqa: PLC0415
     from proxymoe.server.plans import enrolled_caller, plans_handler  # noqa: PLC0415
 
-    network, authority = run.settings.network, run.authority
+    network, authority = run.settings.network, run.authority_certificate
     planner = Planner(run, lambda *stage: log.info("%s: %d of %d", *stage))
-    caller = enrolled_caller(planner.devices, authority.certificate)
+    caller = enrolled_caller(planner.devices, authority)
     limits = run.settings.blobs.limits()
     service = BlobService(planner.places, planner.allowed, limits, caller=caller)
     plans = plans_handler(planner.assign, caller, run.signing_key)
@@ -131,7 +131,7 @@ def serve_plans_and_blobs(run: RunDirectory) -> None:
         f"{network.host}:{network.blob_port}",
         run.server_certificate.read_bytes(),
         run.server_key.read_bytes(),
-        authority.certificate,
+        authority,
         [plans],
     )
     log.info("run %s: blobs on %s:%d", run.settings.run, network.host, port)

@@ -1,4 +1,9 @@
-"""The run directory: where everything of one coordinator lies, made whole or not at all."""
+"""The run directory: where everything of one coordinator lies, made whole or not at all.
+
+The two keys that make it the coordinator, of the local CA and for signing, may be sealed with a
+passphrase. Services start without anybody to ask, so it comes from a file that the environment
+names, such as a credential of systemd. The TLS key of the gateway has to lie open.
+"""
 
 import os
 import secrets
@@ -10,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 from proxymoe.common.certificates import Identity, new_authority, new_server_certificate
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.identity import new_signing_key
+from proxymoe.common.keys_at_rest import passphrase, read_key, seal_key, write_key
 from proxymoe.server.settings import CoordinatorSettings, load_settings, settings_text
 
 if TYPE_CHECKING:
@@ -59,12 +65,16 @@ class RunDirectory:
             folder.mkdir(mode=0o700, parents=True)
         authority = new_authority(now)
         server = new_server_certificate(authority, settings.network.names, now)
+        if (words := passphrase()) is None:
+            sealed = [authority.key, new_signing_key()]
+        else:
+            sealed = [seal_key(key, words) for key in (authority.key, new_signing_key())]
         for file, content in {
             partial.ca_certificate: authority.certificate,
-            partial.ca_key: authority.key,
+            partial.ca_key: sealed[0],
             partial.server_certificate: server.certificate,
             partial.server_key: server.key,
-            partial.signing_key_file: new_signing_key(),
+            partial.signing_key_file: sealed[1],
             partial.superexec_secret: secrets.token_hex(32).encode(),
             partial.settings_file: settings_text(settings).encode(),
         }.items():
@@ -82,15 +92,42 @@ class RunDirectory:
             )
         return load_settings(self.settings_file)
 
-    @property
+    @cached_property
     def authority(self) -> Identity:
         """The local CA."""
-        return Identity(_read_key(self.ca_certificate), _read_key(self.ca_key))
+        return Identity(self.authority_certificate, read_key(self.ca_key, passphrase()))
 
     @property
+    def authority_certificate(self) -> bytes:
+        """Of the local CA, PEM; not sealed."""
+        try:
+            return self.ca_certificate.read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"{self.ca_certificate}: {error.strerror}; restore it from a backup"
+            ) from error
+
+    @cached_property
     def signing_key(self) -> bytes:
         """What signs assignments and job tickets, PEM."""
-        return _read_key(self.signing_key_file)
+        return read_key(self.signing_key_file, passphrase())
+
+    def reseal(self, old: str | None, new: str | None) -> None:
+        """Gives both keys another passphrase, a first one, or none; cut short, do it again.
+
+        Raises:
+            ConfigError: the old passphrase is wrong, or the new one empty.
+            IntegrityError: a key is damaged.
+        """
+        for path in (self.ca_key, self.signing_key_file):
+            try:
+                key = read_key(path, old)
+            except ConfigError as error:
+                try:
+                    key = read_key(path, new)  # it was done before, and broken off after this one
+                except ConfigError:
+                    raise error from None
+            write_key(path, key, new)
 
     @property
     def base_model(self) -> Path:
@@ -113,13 +150,6 @@ class RunDirectory:
         if not found.is_dir():
             raise ConfigError(f"{key} {path}: no such folder ({found}); see {self.settings_file}")
         return found
-
-
-def _read_key(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; restore it from a backup") from error
 
 
 def _write_private(path: Path, content: bytes) -> None:

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from proxymoe.common.config import load_experiment
+from proxymoe.common.keys_at_rest import PASSPHRASE_FILE, read_key, write_key
 from proxymoe.common.tickets import is_secret, parse_token
 from proxymoe.server.cli import app
 from proxymoe.server.devices import Devices
@@ -198,3 +199,64 @@ def test_what_is_no_run_directory_is_refused_and_left_as_it_is(call, tmp_path, v
     assert code == 1
     assert re.match(r"error: .*coordinator\.toml.*init", said)
     assert not list(tmp_path.iterdir())
+
+
+def passphrase_file(tmp_path, words):
+    path = tmp_path / f"{words}.txt"
+    path.write_text(words + "\n")
+    return path
+
+
+def test_keys_are_sealed_rotated_and_opened_again(call, run, tmp_path, monkeypatch):
+    authority, signing = run.authority, run.signing_key
+    first, second = (passphrase_file(tmp_path, words) for words in ("one", "two"))
+    code, said = call("seal", run.path, "--new", first)
+    assert (code, "are sealed" in said) == (0, True)
+    for path in (run.ca_key, run.signing_key_file):
+        assert b"PRIVATE KEY" not in path.read_bytes()
+        assert path.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setenv(PASSPHRASE_FILE, str(first))
+    assert (RunDirectory(run.path).authority, RunDirectory(run.path).signing_key) == (
+        authority,
+        signing,
+    )
+    assert call("seal", run.path, "--new", second)[0] == 0
+    code, said = call("seal", run.path, "--remove")
+    assert (code, "wrong passphrase" in said) == (1, True)
+    monkeypatch.setenv(PASSPHRASE_FILE, str(second))
+    assert call("seal", run.path, "--remove")[0] == 0
+    monkeypatch.delenv(PASSPHRASE_FILE)
+    assert RunDirectory(run.path).signing_key == signing
+
+
+def test_a_sealing_that_was_cut_short_is_done_again(call, run, tmp_path):
+    signing, new = run.signing_key, passphrase_file(tmp_path, "one")
+    write_key(run.ca_key, run.authority.key, "one")
+    assert call("seal", run.path, "--new", new)[0] == 0
+    assert read_key(run.signing_key_file, "one") == signing
+
+
+def test_serve_asks_for_the_passphrase_at_once(call, run, tmp_path, monkeypatch):
+    assert call("seal", run.path, "--new", passphrase_file(tmp_path, "one"))[0] == 0
+    code, said = call("serve", run.path)
+    assert (code, f"in a file that {PASSPHRASE_FILE} names" in said) == (1, True)
+    monkeypatch.setenv(PASSPHRASE_FILE, str(tmp_path / "nowhere"))
+    code, said = call("serve", run.path)
+    assert (code, "cannot be read" in said) == (1, True)
+    # Inviting takes the certificate only.
+    monkeypatch.delenv(PASSPHRASE_FILE)
+    assert call("enrol", run.path, "phone")[0] == 0
+
+
+def test_init_seals_at_once_where_there_is_a_passphrase(call, tmp_path, monkeypatch):
+    monkeypatch.setenv(PASSPHRASE_FILE, str(passphrase_file(tmp_path, "one")))
+    assert call("init", tmp_path / "d", *GIVEN)[0] == 0
+    made = RunDirectory(tmp_path / "d")
+    assert b"PRIVATE KEY" not in made.ca_key.read_bytes() + made.signing_key_file.read_bytes()
+    assert made.signing_key.startswith(b"-----BEGIN")
+
+
+def test_an_empty_passphrase_is_refused(call, run, tmp_path):
+    code, said = call("seal", run.path, "--new", passphrase_file(tmp_path, ""))
+    assert (code, "an empty passphrase" in said) == (1, True)
+    assert run.signing_key.startswith(b"-----BEGIN")

@@ -171,7 +171,7 @@ def test_what_is_missing_is_named_with_what_to_do(tmp_path):
     run = RunDirectory(tmp_path)
     with pytest.raises(ConfigError, match="make a run directory with `proxymoe-coordinator init`"):
         _ = run.settings
-    with pytest.raises(ConfigError, match=r"signing\.key: No such file .*restore it"):
+    with pytest.raises(ConfigError, match=r"signing\.key: cannot be read .*restore it"):
         _ = run.signing_key
     with pytest.raises(ConfigError, match=r"ca\.pem"):
         _ = run.authority
