@@ -25,7 +25,7 @@ CREATE TABLE IF NOT EXISTS peers (
 ) STRICT;
 CREATE TABLE IF NOT EXISTS records (
     run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, phase TEXT NOT NULL,
-    transcript TEXT NOT NULL, content TEXT NOT NULL
+    transcript TEXT NOT NULL, digest TEXT NOT NULL
 ) STRICT;
 COMMIT;
 """

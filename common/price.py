@@ -96,9 +96,7 @@ def price(
         raise ConfigError(f"cohorts of {cohort_size} devices: there are {num_devices}")
     poisson = cohort_size / num_devices if settings.sampling == "poisson" else None
     times = rounds if poisson else -(-rounds * cohort_size // num_devices)
-    z = settings.noise_multiplier or 0.0
-    if settings.epsilon is not None:
-        z = noise_for(settings.epsilon, settings.delta, times, poisson, settings.accountant)
+    z = multiplier_of(settings, times, poisson)
     mechanism = settings.mechanism(clip_norm, cohort_size, z)
     exposure = Exposure().after(z, poisson, times)
     ratio, each = _noise_to_signal(mechanism, spans), _of_all(mechanism, 1, cohort_size)
@@ -120,6 +118,17 @@ def price(
         ),
         warnings=_warnings(settings, num_devices, cohort_size),
     )
+
+
+def multiplier_of(settings: PrivacySettings, times: int, poisson: float | None = None) -> float:
+    """The noise multiplier of a device that takes part so many times; 0 without noise.
+
+    Raises:
+        ConfigError: an epsilon out of reach, or `dp-accounting` is not installed.
+    """
+    if settings.epsilon is None:
+        return settings.noise_multiplier or 0.0
+    return noise_for(settings.epsilon, settings.delta, times, poisson, settings.accountant)
 
 
 def unkept(settings: PrivacySettings, *modes: Mode) -> str:

@@ -11,20 +11,18 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from proxymoe.common.adapter import AdapterLayout
 from proxymoe.common.directory import PinnedKeys
 from proxymoe.common.errors import ConfigError, ProtocolError, Unsummed
 from proxymoe.common.opening import Opening, opening_bytes
-from proxymoe.common.privacy import Protected, Span
 from proxymoe.common.secagg import Phase, Terms
 from proxymoe.common.unmasking import Coordinator
 from proxymoe.server.aggregate import BlockSum
+from proxymoe.server.private_sum import noise_notice, released
 from proxymoe.server.round import Answer, Federation
 from proxymoe.server.secure_sum import NOTICE, SecureSum, terms_for
 
@@ -73,11 +71,11 @@ class MaskedRound:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        noise = federation.noise
-        clip_norm = federation.settings.clip_norm
+        noise, clip_norm = federation.noise, federation.settings.clip_norm
         self._mechanism = noise.mechanism(clip_norm) if noise else None
-        told = f"; {noise.mode} noise of {noise.noise_multiplier:.3g} C" if noise else ""
-        self.notice = NOTICE.format(least=rules.smallest_class) + told
+        self.notice = NOTICE.format(least=rules.smallest_class)
+        if self._mechanism:
+            self.notice += f"; {noise_notice(self._mechanism)}"
         self._federation, self._number, self._rules = federation, number, rules
         self._exchange, self._keys = exchange, keys
         self._begin, self._spend = begin, spend
@@ -184,17 +182,12 @@ class MaskedRound:
                 self._pause(min(left, self._rules.asking_seconds))
 
     def _released(self, found: BlockSum) -> BlockSum:
-        """The sum as it may be shown: in numbers, and with the coordinator's noise if there is."""
+        """The sum as it may be shown; those who are left have made its noise whole among them."""
         if self._mechanism is None:
             return found
-        sizes, holders = self._federation.layout.sizes, found.weight.round()
-        spans = [Span(size, int(n)) for size, n in zip(sizes, holders.tolist(), strict=True)]
-        total = Protected(np.rint(found.total.numpy()).astype(np.int64), None)
-        count = found.num_devices
-        released = self._mechanism.release(total, secrets.token_bytes, spans, spans, count, count)
-        # Where nobody's update went in there is no mean, and noise alone would not be one.
-        known = (holders > 0).repeat_interleave(torch.tensor(sizes))
-        return replace(found, total=torch.from_numpy(released.total) * known, weight=holders)
+        layout, holders = self._federation.layout, found.weight.round().numpy()
+        count, bits = found.num_devices, secrets.token_bytes
+        return released(layout, self._mechanism, found, holders, count, bits)
 
     def _receive(self, coordinator: Coordinator, name: str, content: bytes) -> None:
         try:

@@ -70,7 +70,7 @@ class PrivateSum:
         bits: Callable[[int], bytes],
         spend: Callable[[Iterable[str]], None] = lambda _: None,
     ) -> None:
-        self.notice = f"{inner.notice}; {mechanism.mode} noise of {mechanism.update_noise:.3g} C"
+        self.notice = f"{inner.notice}; {noise_notice(mechanism)}"
         self._full, self._mechanism, self._inner = full, mechanism, inner
         self._bits, self._spend = bits, spend
         self._added: dict[str, tuple[AdapterLayout, Tensor]] = {}
@@ -101,20 +101,43 @@ class PrivateSum:
             spans = [Span(end - start, int(holders[block])) for block, start, end in held[name]]
             mine = self._mechanism.protect(update.numpy(), self._bits, spans, count)
             self._inner.add(name, layout, torch.from_numpy(mine.steps.astype(np.float64)), 1.0)
-        return self._released(self._inner.sum(), holders)
+        found, bits = self._inner.sum(), self._bits
+        return released(self._full, self._mechanism, found, holders, count, bits)
 
-    def _released(self, found: BlockSum, holders: np.ndarray) -> BlockSum:
-        sizes, count = self._full.sizes, len(self._added)
-        weight = found.weight.round()
-        released = self._mechanism.release(
-            Protected(np.rint(found.total.numpy()).astype(np.int64), None),
-            self._bits,
-            [Span(size, int(n)) for size, n in zip(sizes, holders, strict=True)],
-            [Span(size, int(n)) for size, n in zip(sizes, weight.tolist(), strict=True)],
-            count,
-            found.num_devices,
-        )
-        weight[list(released.withheld)] = 0.0
-        # Where nobody's update went in there is no mean, and noise alone would not be one.
-        known = (weight > 0).repeat_interleave(torch.tensor(sizes))
-        return replace(found, total=torch.from_numpy(released.total) * known, weight=weight)
+
+def noise_notice(mechanism: Mechanism) -> str:
+    """What is added to a sum, and by whom, for its `Summation.notice`."""
+    return f"{mechanism.mode} noise of {mechanism.update_noise:.3g} C"
+
+
+def released(
+    full: AdapterLayout,
+    mechanism: Mechanism,
+    found: BlockSum,
+    holders: np.ndarray,
+    count: int,
+    bits: Callable[[int], bytes],
+) -> BlockSum:
+    """A sum of grid steps as it may be shown: in numbers, with the coordinator's noise if any.
+
+    Args:
+        full: layout of the full adapter.
+        mechanism: of the round.
+        found: over those who answered.
+        holders: (blocks,) devices that were asked and hold the block.
+        count: devices that were asked.
+        bits: random bytes.
+    """
+    sizes, weight = full.sizes, found.weight.round()
+    shown = mechanism.release(
+        Protected(np.rint(found.total.numpy()).astype(np.int64), None),
+        bits,
+        [Span(size, int(n)) for size, n in zip(sizes, holders, strict=True)],
+        [Span(size, int(n)) for size, n in zip(sizes, weight.tolist(), strict=True)],
+        count,
+        found.num_devices,
+    )
+    weight[list(shown.withheld)] = 0.0
+    # Where nobody's update went in there is no mean, and noise alone would not be one.
+    known = (weight > 0).repeat_interleave(torch.tensor(sizes))
+    return replace(found, total=torch.from_numpy(shown.total) * known, weight=weight)

@@ -4,7 +4,6 @@ A coordinator adds noise itself (`central`), or devices do, under masks (`distri
 The promise holds for a device that is in every round, for nobody knows beforehand who will be.
 """
 
-import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,11 +11,10 @@ from functools import partial
 
 from pydantic import ValidationError
 
-from proxymoe.common.accounting import noise_for
 from proxymoe.common.adapter import AdapterLayout, adapter_layout
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.letters import MAX_DEVICES
-from proxymoe.common.price import Price, price
+from proxymoe.common.price import Price, multiplier_of, price
 from proxymoe.common.privacy import CLIP_STEPS, Mode, Span
 from proxymoe.common.privacy_settings import Noise, PrivacySettings, steps_under_masks
 from proxymoe.server.aggregate import PlainSum, Summation
@@ -108,12 +106,7 @@ def noise_of(settings: CoordinatorSettings) -> Noise | None:
     privacy = settings.privacy
     if privacy.mode is Mode.CLIP_ONLY:
         return None
-    z = privacy.noise_multiplier or noise_for(
-        privacy.epsilon or math.inf,
-        privacy.delta,
-        settings.federation.rounds,
-        accountant=privacy.accountant,
-    )
+    z = multiplier_of(privacy, settings.federation.rounds)
     steps = steps_under_masks(MAX_DEVICES, z) if settings.masked else CLIP_STEPS
     return Noise(
         mode=privacy.mode,

@@ -17,6 +17,7 @@ from proxymoe.server.journal import initial_state
 from proxymoe.server.round import Answer, run_round
 from proxymoe.server.store import Phase, RoundStore
 from proxymoe.simulations.faults.cohort import InMemory, honest, plain, small_federation
+from tests.clock import Clock
 from tests.laws import tried
 
 SIZE = small_federation().layout.size
@@ -25,19 +26,6 @@ RULES = Rules(quorum=1.0)
 
 class Killed(BaseException):
     """Stands for a process that ended here: nothing after it runs, and nothing catches it."""
-
-
-class Clock:
-    """Seconds that pass when somebody waits."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def engine_of(folder, federation, transport=None, rules=RULES, **arguments):

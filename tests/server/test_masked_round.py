@@ -19,6 +19,7 @@ from proxymoe.server.round import tasks_of
 from proxymoe.server.store import Phase as RoundPhase
 from proxymoe.server.store import RoundStore
 from proxymoe.simulations.faults.cohort import InMemory, honest, plain, small_federation, small_plan
+from tests.clock import Clock
 from tests.fleet import RULES, Fleet
 
 FEDERATION = small_federation(masked=True)
@@ -33,21 +34,6 @@ def fleet(tmp_path):
     return fleet
 
 
-class Clock:
-    """Seconds that pass when somebody waits, and a little at every look."""
-
-    def __init__(self, per_look=0.0):
-        self.now, self.per_look, self.pauses = 0.0, per_look, []
-
-    def __call__(self):
-        self.now += self.per_look
-        return self.now
-
-    def pause(self, seconds):
-        self.now += seconds
-        self.pauses.append(seconds)
-
-
 def round_of(fleet, rules=RULES, names="abc", clock=None, **changes):
     clock, attempts = clock or Clock(), itertools.count()
     given = {"exchange": fleet.exchange_letters, "keys": fleet.keys, **changes}
@@ -59,7 +45,7 @@ def round_of(fleet, rules=RULES, names="abc", clock=None, **changes):
         given["keys"],
         lambda _: next(attempts),
         clock=clock,
-        pause=clock.pause,
+        pause=clock.wait,
     )
     for name in names:
         summation.add(name, FEDERATION.members[name].layout, NOTHING, 1.0)
@@ -197,12 +183,12 @@ def engine_of(folder, fleet, transport=None, quorum=1.0):
         clock, letters = Clock(), fleet.exchange_letters
         rules = replace(RULES, letter_seconds=30.0)
         return MaskedRound(
-            RUN, number, rules, letters, fleet.keys, begin, clock=clock, pause=clock.pause
+            RUN, number, rules, letters, fleet.keys, begin, clock=clock, pause=clock.wait
         )
 
     clock, rules = Clock(), Rules(quorum=quorum)
     return store, RoundEngine(
-        RUN, store, transport or fleet, summation_of, rules, clock=clock, pause=clock.pause
+        RUN, store, transport or fleet, summation_of, rules, clock=clock, pause=clock.wait
     )
 
 
@@ -294,7 +280,7 @@ def with_noise(tmp_path, federation, spend=lambda *_: None):
     clock = Clock()
     letters = fleet.exchange_letters
     found = MaskedRound(
-        federation, 1, RULES, letters, fleet.keys, lambda _: 0, spend, clock, clock.pause
+        federation, 1, RULES, letters, fleet.keys, lambda _: 0, spend, clock, clock.wait
     )
     for name, member in federation.members.items():
         found.add(name, member.layout, NOTHING, 1.0)
@@ -353,7 +339,7 @@ def test_a_sum_that_would_cost_too_much_is_not_read(tmp_path):
     def summation_of(number):
         clock, letters = Clock(), fleet.exchange_letters
         return MaskedRound(
-            federation, number, RULES, letters, fleet.keys, lambda _: 0, spend, clock, clock.pause
+            federation, number, RULES, letters, fleet.keys, lambda _: 0, spend, clock, clock.wait
         )
 
     RoundEngine(federation, store, fleet, summation_of, Rules()).run()
@@ -374,7 +360,7 @@ def test_devices_do_not_upload_where_too_little_noise_could_be_left(tmp_path):
         fleet.keys,
         lambda _: next(attempts),
         clock=clock,
-        pause=clock.pause,
+        pause=clock.wait,
     )
     for name, member in federation.members.items():
         summation.add(name, member.layout, NOTHING, 1.0)
