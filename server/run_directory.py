@@ -2,7 +2,8 @@
 
 The two keys that make it the coordinator, of the local CA and for signing, may be sealed with a
 passphrase. Services start without anybody to ask, so it comes from a file that the environment
-names, such as a credential of systemd. The TLS key of the gateway has to lie open.
+names, such as a credential of systemd. The TLS key of the gateway has to lie open. Importing torch
+takes seconds, which opening the folder must not cost: what needs it is imported where it is made.
 """
 
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 from proxymoe.common.certificates import Identity, new_authority, new_server_certificate
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.identity import new_signing_key
-from proxymoe.common.keys_at_rest import passphrase, read_key, seal_key, write_key
+from proxymoe.common.keys_at_rest import passphrase, read_key, write_key
 from proxymoe.server.settings import CoordinatorSettings, load_settings, settings_text
 
 if TYPE_CHECKING:
@@ -65,16 +66,15 @@ class RunDirectory:
             folder.mkdir(mode=0o700, parents=True)
         authority = new_authority(now)
         server = new_server_certificate(authority, settings.network.names, now)
-        if (words := passphrase()) is None:
-            sealed = [authority.key, new_signing_key()]
-        else:
-            sealed = [seal_key(key, words) for key in (authority.key, new_signing_key())]
+        for file, key in {
+            partial.ca_key: authority.key,
+            partial.signing_key_file: new_signing_key(),
+        }.items():
+            write_key(file, key, passphrase())
         for file, content in {
             partial.ca_certificate: authority.certificate,
-            partial.ca_key: sealed[0],
             partial.server_certificate: server.certificate,
             partial.server_key: server.key,
-            partial.signing_key_file: sealed[1],
             partial.superexec_secret: secrets.token_hex(32).encode(),
             partial.settings_file: settings_text(settings).encode(),
         }.items():
