@@ -25,7 +25,7 @@ from proxymoe.common.domains import load_table
 from proxymoe.common.errors import LayoutMismatch, ProtocolError, ProxyMoEError
 from proxymoe.common.files import write_bytes, write_json
 from proxymoe.common.manifest import COMPANIONS, Manifest, materialise
-from proxymoe.common.model import OFFSETS_FILE, compute_dtype, load
+from proxymoe.common.model import TABLES_FILE, compute_dtype, load
 from proxymoe.common.text import Examples, TooLong, read_rows, tokenise
 
 Pair = tuple[bytes, bytes]
@@ -133,7 +133,7 @@ def _manifest(blobs: Store, digest: str) -> Manifest:
         raise ProtocolError(
             "manifest: of another version of ProxyMoE; update the older side"
         ) from None
-    if unknown := sorted(manifest.companions.keys() - {*COMPANIONS, OFFSETS_FILE}):
+    if unknown := sorted(manifest.companions.keys() - {*COMPANIONS, TABLES_FILE}):
         raise ProtocolError(f"manifest: names a file {unknown[0][:80]!r} that no submodel has")
     if "auto_map" in manifest.config:
         raise ProtocolError("manifest: its model wants code of its own; none is taken from outside")

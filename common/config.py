@@ -13,16 +13,22 @@ from pydantic import Field, ValidationError, model_validator
 
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.files import canonical_json, digest_of
-from proxymoe.common.plan import Others, RouterMode
+from proxymoe.common.plan import RouterMode
 from proxymoe.common.privacy_settings import PrivacySettings
 from proxymoe.common.section import Section
 
 
-class Saliency(StrEnum):
-    """How experts are ranked; formulas in `server/extract.py`."""
+class PlanMode(StrEnum):
+    """How experts are chosen, and what becomes of the others; each has a file in `server/modes`."""
 
-    ENERGY = "energy"
+    DROP = "drop"
+    MEAN = "mean"
+    AFFINE = "affine"
+    PTSE = "ptse"
+    MSMOE = "msmoe"
+    HCSMOE = "hcsmoe"
     REAP = "reap"
+    EAN = "ean"
     FREQUENCY = "frequency"
     RANDOM = "random"
 
@@ -54,11 +60,10 @@ class ExtractSettings(Section):
     kept_fraction: float = Field(default=0.25, gt=0, le=1)
     """Share of the experts' bytes to keep, when no budget is given."""
     budget_bytes: int | None = Field(default=None, gt=0)
-    saliency: Saliency = Saliency.ENERGY
+    mode: PlanMode = PlanMode.DROP
     allocation: Allocation = Allocation.GLOBAL
     floor: float = Field(default=0.25, ge=0, le=1)
     """Every layer keeps this share of what a uniform allocation would give it."""
-    others: Others = Others.DROP
     router: RouterMode = RouterMode.FULL
 
 
@@ -143,15 +148,17 @@ class EvaluateSettings(Section):
 class Mode(Section):
     """One way to cut proxy submodels, as a row of the comparison."""
 
-    saliency: Saliency
+    mode: PlanMode
     router: RouterMode = RouterMode.FULL
-    others: Others = Others.DROP
     allocation: Allocation = Allocation.GLOBAL
 
     @property
     def name(self) -> str:
-        """What happens to experts that are not kept: `drop`, `mean`, or `prune`."""
-        return "prune" if self.router is RouterMode.SLICED else self.others.value
+        """As in file names: what differs from the default follows the mode."""
+        parts: list[str] = [self.mode]
+        parts += [] if self.router is RouterMode.FULL else [self.router]
+        parts += [] if self.allocation is Allocation.GLOBAL else [self.allocation]
+        return "-".join(parts)
 
 
 class CompareSettings(Section):

@@ -37,12 +37,17 @@ _valid_tokens: ContextVar[Tensor | None] = ContextVar("valid_tokens", default=No
 
 @dataclass(slots=True)
 class Redirect:
-    """What a routed id means: expert `slot[e]` (-1: none) times gate, plus gate * `offset[e]`."""
+    """What a routed id e means: gate · (scale[e] · expert of slot[e] + offset[e])."""
 
     slot: Tensor
-    """(E,) int64."""
+    """(E,) int64; -1 is no expert."""
     offset: Tensor | None = None
     """(E, D), zero rows for kept experts; None when dropped experts contribute nothing."""
+    scale: Tensor | None = None
+    """(E,), 1 for kept experts; None is 1 throughout."""
+    native: Tensor | None = None
+    """(E,) bool, whether the slot's adapter acts on tokens routed to e; None is all. It does not
+    where the slot only imitates e: the adapter goes home to the slot's own expert."""
 
 
 @dataclass(slots=True)
@@ -95,6 +100,12 @@ def only_valid_tokens(valid: Tensor) -> Iterator[None]:
         _valid_tokens.reset(token)
 
 
+def valid_tokens(num_tokens: int) -> Tensor | None:
+    """(T,) False for padding, if this many tokens are being computed and some may be padding."""
+    valid = _valid_tokens.get()
+    return valid if valid is not None and valid.numel() == num_tokens else None
+
+
 def experts_forward(self: nn.Module, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
     """Sum over routed experts of gate * expert(token).
 
@@ -109,11 +120,15 @@ def experts_forward(self: nn.Module, hidden: Tensor, index: Tensor, gates: Tenso
     state = expert_state(self)
     redirect = state.redirect
     slots = index if redirect is None else redirect.slot[index]
-    valid = _valid_tokens.get()
-    if valid is not None and valid.numel() == hidden.shape[0]:
+    if (valid := valid_tokens(hidden.shape[0])) is not None:
         slots = slots.masked_fill(~valid[:, None], -1)
 
-    output = _dispatch(self, state, hidden, slots, gates)
+    scaled, native = gates, None
+    if redirect is not None and redirect.scale is not None:
+        scaled = gates * redirect.scale[index].to(gates.dtype)
+    if redirect is not None and redirect.native is not None:
+        native = redirect.native[index]
+    output = _dispatch(self, state, hidden, slots, scaled, native)
     if redirect is not None and redirect.offset is not None:
         routed = gates.new_zeros(hidden.shape[0], redirect.slot.numel()).scatter(1, index, gates)
         output = output + routed.to(hidden.dtype) @ redirect.offset.to(hidden.dtype)
@@ -162,9 +177,25 @@ class _SegmentedLinear(torch.autograd.Function):
         return to_rows, to_weight, None
 
 
+def all_outputs(experts: nn.Module, hidden: Tensor) -> Tensor:
+    """(S, T, D) outputs of every held expert on every token (T, D), before gating."""
+    down = experts.get_parameter("down_proj")
+    gates = hidden.new_ones(hidden.shape[0], 1)
+    slots = torch.zeros(hidden.shape[0], 1, dtype=torch.int64)
+    return torch.stack(
+        [_dispatch(experts, ExpertState(), hidden, slots + s, gates) for s in range(down.shape[0])]
+    )
+
+
 def _dispatch(
-    experts: nn.Module, state: ExpertState, hidden: Tensor, slots: Tensor, gates: Tensor
+    experts: nn.Module,
+    state: ExpertState,
+    hidden: Tensor,
+    slots: Tensor,
+    gates: Tensor,
+    native: Tensor | None = None,
 ) -> Tensor:
+    """(T, D). `native` (T, K): which picks adapters act on; None is all."""
     gate_up, down = experts.gate_up_proj, experts.down_proj
     assert isinstance(gate_up, Tensor)
     assert isinstance(down, Tensor)
@@ -179,13 +210,16 @@ def _dispatch(
     if experts.has_bias:
         bias = experts.get_parameter("gate_up_proj_bias")
         inner = inner.index_add(0, found.row, bias[found.slot])
+    own = None if native is None else _own_rows(found, native).to(rows.dtype)
     if (adapter := state.adapter) is not None:
         low = rows @ adapter.gate_up_in.to(rows.dtype).T
+        low = low if own is None else low * own
         inner = inner + _segmented(low, adapter.gate_up_out.to(rows.dtype), found)
     activated: Tensor = experts._apply_gate(inner)  # type: ignore[operator]
     outputs = _segmented(activated, down, found)
     if adapter is not None:
         low = _segmented(activated, adapter.down_in.to(rows.dtype), found)
+        low = low if own is None else low * own
         outputs = outputs + low @ adapter.down_out.to(rows.dtype).T
 
     outputs = outputs.index_select(0, found.row)
@@ -213,6 +247,12 @@ def _segments(slots: Tensor, num_slots: int) -> _Segments:
             bounds.append((index, end, end := end + -(-count // step) * step))
     shift = torch.tensor(firsts) - (counts.cumsum(0) - counts)
     return _Segments(pick, slot, torch.arange(slot.numel()) + shift[slot], bounds, end)
+
+
+def _own_rows(found: _Segments, native: Tensor) -> Tensor:
+    """(N, 1) 1 for rows of picks that adapters act on, else 0."""
+    own = torch.zeros(found.num_rows, 1)
+    return own.index_copy(0, found.row, native.reshape(-1, 1)[found.pick].float())
 
 
 def _segmented(rows: Tensor, weight: Tensor, segments: _Segments) -> Tensor:

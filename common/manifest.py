@@ -133,7 +133,7 @@ def _require_digest(name: str, content: bytes, digest: str) -> None:
 
 def _cut(piece: Piece, content: bytes, plan: Plan) -> bytes:
     """The bytes of a piece in this plan: router tensors lose rows under a sliced router."""
-    if piece.expert_dim is None or piece.layer is None or plan.router is RouterMode.FULL:
+    if piece.expert_dim is None or piece.layer is None or plan.router is not RouterMode.SLICED:
         return content
     kept = torch.tensor(plan.layers[piece.layer].kept)
     tensor = tensor_from(content, piece.dtype, piece.shape)

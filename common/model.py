@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,10 +26,14 @@ from proxymoe.common.experts import Redirect, expert_state, install_backend
 from proxymoe.common.manifest import read_config
 from proxymoe.common.moe import keep_experts, moe_layers, slice_router
 from proxymoe.common.norm import install_norms
-from proxymoe.common.plan import Others, Plan, RouterMode, read_plan
+from proxymoe.common.plan import LayerPlan, Others, Plan, RouterMode, read_plan
+from proxymoe.common.summed_router import install_summed_router
 
-OFFSETS_FILE = "offsets.safetensors"
-"""Mean vectors of the experts, {layer number: (E, D)}, beside the weights of a `mean` plan."""
+TABLES_FILE = "tables.safetensors"
+"""What goes with a plan beside its weights: `<layer>.offset` (E, D) and `<layer>.scale` (E,) of
+experts that are imitated; where experts were merged, `<layer>.<parameter>` of the slots, and
+`<layer>.neurons` (E, I), which neuron of an expert went into which neuron of its slot."""
+NEURONS = "neurons"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
     install_backend(model)
     install_norms(model)
     install_attention(model)
-    _install_redirects(model, plan, folder)
+    _install_plan(model, plan, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return LoadedModel(model, tokenizer, plan)
 
@@ -93,27 +97,58 @@ def redirects(plan: Plan, folder: Path) -> dict[int, Redirect]:
 
     Args:
         plan: of the submodel.
-        folder: of the materialised submodel; it holds the mean vectors if there are any.
+        folder: of the materialised submodel; it holds the tables if there are any.
     """
-    if plan.keeps_all or plan.router is RouterMode.SLICED:
+    if plan.keeps_all or plan.router is not RouterMode.FULL:
         return {}
-    offsets = read_tensors(folder / OFFSETS_FILE) if plan.others is Others.MEAN else {}
+    imitated = plan.others in (Others.MEAN, Others.AFFINE)
+    tables = read_tensors(folder / TABLES_FILE) if imitated else {}
     return {
-        at: Redirect(torch.tensor(planned.slots()), offsets.get(str(at)))
+        at: Redirect(
+            slot=torch.tensor(planned.slots()),
+            offset=tables.get(f"{at}.offset"),
+            scale=tables.get(f"{at}.scale"),
+            native=_native(planned) if plan.others is Others.AFFINE else None,
+        )
         for at, planned in plan.layers.items()
     }
 
 
-def _install_redirects(model: nn.Module, plan: Plan, folder: Path) -> None:
-    found = redirects(plan, folder)
-    for layer in moe_layers(model) if found else ():
+def merged_experts(plan: Plan, folder: Path) -> dict[int, dict[str, Tensor]]:
+    """{layer: {expert parameter: its slots}} of a plan that merges experts; empty for others."""
+    found: dict[int, dict[str, Tensor]] = {}
+    if plan.others is not Others.MERGE or plan.keeps_all:
+        return found
+    for name, tensor in read_tensors(folder / TABLES_FILE).items():
+        at, _, parameter = name.partition(".")
+        if parameter != NEURONS:
+            found.setdefault(int(at), {})[parameter] = tensor
+    return found
+
+
+def _native(planned: LayerPlan) -> Tensor:
+    kept = torch.zeros(planned.num_experts, dtype=torch.bool)
+    kept[list(planned.kept)] = True
+    return kept
+
+
+def _install_plan(model: nn.Module, plan: Plan, folder: Path) -> None:
+    if plan.keeps_all:
+        return
+    found, merged = redirects(plan, folder), merged_experts(plan, folder)
+    for layer in moe_layers(model):
         planned = plan.layers[layer.position]
         if layer.num_experts != len(planned.kept):
             raise CheckpointError(
                 f"{folder}: {layer.num_experts} experts in layer {layer.position}, "
                 f"the plan keeps {len(planned.kept)}"
             )
-        expert_state(layer.experts).redirect = found[layer.position]
+        expert_state(layer.experts).redirect = found.get(layer.position)
+        for name, slots in merged.get(layer.position, {}).items():
+            weight = slots.to(layer.experts.get_parameter(name).dtype)
+            layer.experts.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        if plan.router is RouterMode.SUMMED:
+            install_summed_router(layer, torch.tensor(planned.slots()))
 
 
 class _ProxyMixin:

@@ -24,6 +24,10 @@ class Others(StrEnum):
     """Nothing: its share of the sum is left out."""
     MEAN = "mean"
     """Its gate times a constant vector, its mean output (MoNE, arXiv 2507.00390)."""
+    AFFINE = "affine"
+    """Its gate times what imitates it best: a scaled kept expert plus a constant vector."""
+    MERGE = "merge"
+    """Its gate times the expert that it was merged into."""
 
 
 class RouterMode(StrEnum):
@@ -33,6 +37,9 @@ class RouterMode(StrEnum):
     """The whole router, untouched: gates are the base model's own."""
     SLICED = "sliced"
     """Only the kept rows, as most pruning methods do: gates renormalise over the kept."""
+    SUMMED = "summed"
+    """Before top-k the kept experts take over the probability of those merged into them, and the
+    rest is masked, as in LiteMoE: r' = r·M."""
 
 
 class LayerPlan(BaseModel):
@@ -44,6 +51,8 @@ class LayerPlan(BaseModel):
     """Experts of this layer in the base model."""
     kept: tuple[int, ...] = Field(strict=False)
     """Ids of the kept experts, ascending."""
+    stands_for: dict[int, int] = Field(default_factory=dict, strict=False)
+    """{expert: kept expert} for those that a kept expert imitates, or that are merged into it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -53,11 +62,15 @@ class LayerPlan(BaseModel):
             raise ValueError(f"kept experts {self.kept} are not ascending and distinct")
         if self.kept[0] < 0 or self.kept[-1] >= self.num_experts:
             raise ValueError(f"kept experts {self.kept} outside 0..{self.num_experts - 1}")
+        others, kept = set(range(self.num_experts)) - set(self.kept), set(self.kept)
+        if self.stands_for.keys() - others or set(self.stands_for.values()) - kept:
+            raise ValueError(f"{self.stands_for}: not from experts left out to kept experts")
         return self
 
     def slots(self) -> list[int]:
-        """Slot of every expert of the base layer, -1 where it is not kept."""
+        """Slot of every expert of the base layer, its own or of who stands for it; -1 if none."""
         slot_of = {expert: slot for slot, expert in enumerate(self.kept)}
+        slot_of |= {expert: slot_of[kept] for expert, kept in self.stands_for.items()}
         return [slot_of.get(expert, -1) for expert in range(self.num_experts)]
 
 
@@ -72,19 +85,27 @@ class Plan(BaseModel):
     """By number of the decoder layer."""
     router: RouterMode = Field(default=RouterMode.FULL, strict=False)
     others: Others = Field(default=Others.DROP, strict=False)
-    saliency: str = "energy"
-    """How the kept experts were ranked; provenance only."""
-    offsets: str | None = None
-    """Digest of the mean vectors, present exactly when `others` is `mean`."""
+    mode: str = "drop"
+    """How it was made; provenance only."""
+    tables: str | None = None
+    """Digest of the tensors that go with the plan, present unless the others are dropped."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.layers:
             raise ValueError("a plan needs at least one layer")
-        if (self.offsets is not None) != (self.others is Others.MEAN):
-            raise ValueError("offsets go with others = 'mean' and with nothing else")
-        if self.router is RouterMode.SLICED and self.others is not Others.DROP:
-            raise ValueError("a sliced router never chooses other experts; use others = 'drop'")
+        if (self.tables is None) != (self.others is Others.DROP):
+            raise ValueError("tables go with every plan, but with others = 'drop'")
+        replaced = any(layer.stands_for for layer in self.layers.values())
+        if replaced and self.others not in (Others.AFFINE, Others.MERGE):
+            raise ValueError(f"others = '{self.others}', and yet kept experts stand for some")
+        if self.router is RouterMode.SLICED and self.others not in (Others.DROP, Others.MERGE):
+            raise ValueError(
+                f"a sliced router never chooses other experts, so others = '{self.others}' is in "
+                "vain; use 'drop'"
+            )
+        if self.router is RouterMode.SUMMED and self.others is not Others.MERGE:
+            raise ValueError("a summed router goes with merged experts only; use router = 'full'")
         return self
 
     @property
@@ -122,7 +143,7 @@ def keep_all(base: str, num_experts: dict[int, int]) -> Plan:
         position: LayerPlan(num_experts=count, kept=tuple(range(count)))
         for position, count in num_experts.items()
     }
-    return Plan(base=base, layers=layers, saliency="all")
+    return Plan(base=base, layers=layers, mode="all")
 
 
 def read_plan(folder: Path) -> Plan:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from proxymoe.common.checkpoint import WEIGHTS, Checkpoint, tensor_from
@@ -82,6 +83,23 @@ class BaseCheckpoint:
             if piece.expert == 0 and piece.layer is not None:
                 sizes[piece.layer] += piece.num_bytes
         return sizes
+
+    def expert(self, at: int, expert: int) -> dict[str, Tensor]:
+        """One expert's fused parameters as they are stored: {"gate_up_proj": …, "down_proj": …}."""
+        parts: dict[str, list[Tensor]] = {}
+        for piece in self._expert_pieces[at, expert]:
+            tensor = tensor_from(self.read_piece(piece), piece.dtype, piece.shape)
+            parts.setdefault(piece.target.rpartition(".")[2], []).append(tensor)
+        return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+    @cached_property
+    def _expert_pieces(self) -> dict[tuple[int, int], list[Piece]]:
+        """By layer and expert, gate before up."""
+        found: dict[tuple[int, int], list[Piece]] = {}
+        for piece in sorted(self.pieces, key=lambda p: p.part == "up"):
+            if piece.expert is not None and piece.layer is not None:
+                found.setdefault((piece.layer, piece.expert), []).append(piece)
+        return found
 
     def keep_all(self) -> Plan:
         """The plan of the full model."""

@@ -26,7 +26,7 @@ from proxymoe.common.errors import CheckpointError, ConfigError
 from proxymoe.common.files import canonical_json, digest_of, write_bytes
 from proxymoe.common.loss import CHUNK_ROWS
 from proxymoe.common.manifest import Manifest
-from proxymoe.common.model import OFFSETS_FILE, compute_dtype
+from proxymoe.common.model import TABLES_FILE, compute_dtype
 from proxymoe.common.plan import Plan
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.blobs import BlobPlace
@@ -34,6 +34,7 @@ from proxymoe.server.canary import Canary
 from proxymoe.server.devices import Devices
 from proxymoe.server.extract import Extraction, budget_bytes, extract
 from proxymoe.server.members import Members
+from proxymoe.server.merging import require_identity
 from proxymoe.server.places import Places
 from proxymoe.server.prepare import Stage, prepare
 from proxymoe.server.promise import noise_of
@@ -162,16 +163,18 @@ class Planner:
             budget = min(application.budget_bytes, max(own, settings.largest_budget_bytes or 0))
         how = settings.extract.model_copy(update={"budget_bytes": budget})
         rng = np.random.default_rng([settings.seed, *device.encode()])
-        return extract(self.base, self.profile, mixture, how, rng)
+        extraction = extract(self.base, self.profile, mixture, how, rng)
+        require_identity(extraction.plan, self.layout)
+        return extraction
 
     def _publish(self, extraction: Extraction) -> str:
-        """Writes the manifest, and the mean vectors if there are any; returns its digest."""
+        """Writes the manifest, and the tables if there are any; returns its digest."""
         manifest, table = self.base.manifest(extraction.plan), {}
-        if extraction.offsets:
+        if extraction.tables:
             partial = self._blobs / f".{extraction.plan.digest}.{os.getpid()}"
-            write_tensors(partial, extraction.offsets)
-            table[OFFSETS_FILE] = digest_of(partial.read_bytes())
-            partial.replace(self._blobs / table[OFFSETS_FILE])
+            write_tensors(partial, extraction.tables)
+            table[TABLES_FILE] = digest_of(partial.read_bytes())
+            partial.replace(self._blobs / table[TABLES_FILE])
         # Where our files lie is nobody's business.
         config = {key: value for key, value in manifest.config.items() if key != "_name_or_path"}
         companions = manifest.companions | table

@@ -20,7 +20,16 @@ from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.model import compute_dtype, load
 from proxymoe.common.text import Example, read_rows, tokenise
 from proxymoe.server.base import BaseCheckpoint
-from proxymoe.server.profile import Profile, load_profile, profile_domain, save_domain
+from proxymoe.server.modes import MODES
+from proxymoe.server.profile import (
+    COLUMNS,
+    Profile,
+    head,
+    load_profile,
+    profile_domain,
+    save_domain,
+)
+from proxymoe.server.relations import relate_domain, save_relations
 from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.settings import CoordinatorSettings
 
@@ -88,7 +97,8 @@ def public_texts(run: RunDirectory) -> list[Path]:
 def _recipe(base: str, settings: CoordinatorSettings, texts: Sequence[Path]) -> str:
     """Names what profile and table depend on."""
     contents = [[path.stem, digest_of(path.read_bytes())] for path in texts]
-    how = [settings.calibration_tokens, settings.train.max_tokens, settings.train.dtype]
+    train = settings.train
+    how = [settings.calibration_tokens, train.max_tokens, train.dtype, *COLUMNS]
     return digest_of(canonical_json([base, how, contents]))[:24]
 
 
@@ -113,7 +123,27 @@ def _profile(
             found, num_tokens = profile_domain(loaded, examples, settings.calibration_tokens)
             save_domain(files[path], base.digest, found, num_tokens)
             stage("profile", done, len(texts))
-    return load_profile(folder, base.digest)
+    relations = None
+    if MODES[settings.extract.mode].relations:
+        relations = folder.with_name(folder.name.replace("profile-", "relations-"))
+        _relate(run, full, texts, relations, stage)
+    return load_profile(folder, base.digest, relations)
+
+
+def _relate(
+    run: RunDirectory, full: Path, texts: Sequence[Path], folder: Path, stage: Stage
+) -> None:
+    """Makes the relations of experts that are missing in `folder`."""
+    settings = run.settings
+    todo = [path for path in texts if not (folder / f"{path.stem}.safetensors").exists()]
+    if not todo:
+        return
+    torch.set_num_threads(settings.threads)
+    loaded = load(full, compute_dtype(settings.train.dtype))
+    for done, path in enumerate(todo, start=len(texts) - len(todo) + 1):
+        examples = head(_examples(path, loaded.tokenizer, settings), settings.calibration_tokens)
+        save_relations(folder / f"{path.stem}.safetensors", *relate_domain(loaded, examples))
+        stage("relations of experts", done, len(texts))
 
 
 def _token_counts(

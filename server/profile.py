@@ -1,15 +1,15 @@
 """The profile of a base model: what every expert does on public text of several domains.
 
 For each domain, layer and expert the profile keeps sums over the tokens routed to that expert;
-with gate g and expert output f these are the count, Σg, Σ‖gf‖, Σ‖gf‖² and Σg²f. Sums are linear,
-so statistics of any domain mixture follow without touching the model again. Public text only:
-nothing here ever sees private data.
+with gate g and expert output f these are the count, Σg, Σg², Σ‖gf‖, Σ‖gf‖², Σ‖f‖ and Σg²f. Sums
+are linear, so statistics of any domain mixture follow without touching the model again. Public
+text only: nothing here ever sees private data.
 
 Shapes: E experts, D hidden size.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Self
 
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from proxymoe.common.checkpoint import read_tensors, write_tensors
-from proxymoe.common.errors import CheckpointError, ConfigError
+from proxymoe.common.errors import CheckpointError, ConfigError, PlanError
 from proxymoe.common.experts import Observer, expert_state
 from proxymoe.common.loss import predicted_states
 from proxymoe.common.model import LoadedModel
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.text import Example, packed_batches
+from proxymoe.server.relations import LayerRelations, load_relations, mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +40,16 @@ class ExpertStatistics:
     """(E,) Σ ‖g f‖."""
     energy: Tensor
     """(E,) Σ ‖g f‖²."""
+    magnitude: Tensor
+    """(E,) Σ ‖f‖."""
     output: Tensor
     """(E, D) Σ g² f."""
 
     @classmethod
     def zeros(cls, num_experts: int, hidden_size: int) -> Self:
         """The statistics of no tokens."""
-        count, gate, gate_squared, norm, energy = torch.zeros(5, num_experts).unbind()
-        output = torch.zeros(num_experts, hidden_size)
-        return cls(count, gate, gate_squared, norm, energy, output)
+        shapes = [(num_experts,)] * 6 + [(num_experts, hidden_size)]
+        return cls(*(torch.zeros(shape) for shape in shapes))
 
     def mean_output(self) -> Tensor:
         """(E, D) the constant that best replaces each expert: Σg²f / Σg², zero if never routed."""
@@ -59,6 +61,10 @@ class ExpertStatistics:
         return (self.energy - explained).clamp_min(0.0)
 
 
+COLUMNS = tuple(field.name for field in fields(ExpertStatistics))
+"""Names of the statistics; a profile on disk that has others is of another version."""
+
+
 @dataclass(frozen=True)
 class Profile:
     """Statistics of one base model by domain and decoder layer, with the tokens behind them."""
@@ -66,6 +72,8 @@ class Profile:
     base: str
     domains: dict[str, dict[int, ExpertStatistics]]
     num_tokens: dict[str, int]
+    relations: Mapping[str, tuple[LayerRelations, int]] = field(default_factory=dict)
+    """{domain: how its experts relate, tokens behind that}, where they were made."""
 
     def mix(self, mixture: dict[str, float]) -> dict[int, ExpertStatistics]:
         """Expected statistics per token of a domain mixture, by decoder layer.
@@ -85,6 +93,18 @@ class Profile:
             at: _combine([(scale[name], self.domains[name][at]) for name in mixture])
             for at in next(iter(self.domains.values()))
         }
+
+    def mix_relations(self, mixture: dict[str, float]) -> LayerRelations:
+        """Expected relations per token of a domain mixture, by decoder layer.
+
+        Raises:
+            PlanError: they were not made for one of its domains.
+        """
+        if missing := sorted(name for name in mixture if name not in self.relations):
+            raise PlanError(f"no relations of experts on the domains {missing}; make them first")
+        total = sum(mixture.values())
+        found = {name: self.relations[name] for name in mixture}
+        return mixed([(mixture[name] / total / n, r) for name, (r, n) in found.items()])
 
     def uniform(self) -> dict[str, float]:
         """The mixture for a device of which nothing is known: every domain alike."""
@@ -108,7 +128,7 @@ def profile_domain(
         expert_state(layer.experts).observer = _observer(sums[layer.position])
     num_tokens = 0
     try:
-        for batch in packed_batches(_head(examples, max_tokens)):
+        for batch in packed_batches(head(examples, max_tokens)):
             with torch.no_grad():
                 predicted_states(loaded.model, batch)
             num_tokens += (seen := int(batch.valid.sum()))
@@ -135,8 +155,17 @@ def save_domain(
     write_tensors(path, tensors)
 
 
-def load_profile(folder: Path, base: str) -> Profile:
-    """The profile in a folder; domains of another base model are an error."""
+def load_profile(folder: Path, base: str, relations: Path | None = None) -> Profile:
+    """The profile in a folder; domains of another base model are an error.
+
+    Args:
+        folder: one file per domain.
+        base: digest of the base model.
+        relations: folder of the same domains' relations, where they were made.
+
+    Raises:
+        CheckpointError: not a profile, or of another base model.
+    """
     domains, num_tokens = {}, {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors = read_tensors(path)
@@ -147,21 +176,28 @@ def load_profile(folder: Path, base: str) -> Profile:
             raise CheckpointError(f"{path}: profile of base model {found[:12]}, not {base[:12]}")
         num_tokens[path.stem] = int(tensors.pop("num_tokens").item())
         positions = sorted({int(name.partition(".")[0]) for name in tensors})
-        names = [field.name for field in fields(ExpertStatistics)]
+        if missing := {f"{at}.{name}" for at in positions for name in COLUMNS} - set(tensors):
+            raise CheckpointError(f"{path}: no {min(missing)}; remove it and profile again")
         domains[path.stem] = {
-            at: ExpertStatistics(*(tensors[f"{at}.{name}"] for name in names)) for at in positions
+            at: ExpertStatistics(*(tensors[f"{at}.{name}"] for name in COLUMNS)) for at in positions
         }
     if not domains:
         raise CheckpointError(f"{folder}: no profile here; profile the base model first")
-    return Profile(base, domains, num_tokens)
+    related = (
+        {}
+        if relations is None
+        else {d: load_relations(relations / f"{d}.safetensors") for d in domains}
+    )
+    return Profile(base, domains, num_tokens, related)
 
 
 def _observer(sums: ExpertStatistics) -> Observer:
     def observe(outputs: Tensor, gates: Tensor, slots: Tensor) -> None:
         outputs, gates = outputs.float(), gates.float()
-        norms = outputs.norm(dim=-1) * gates
-        columns = (torch.ones_like(gates), gates, gates.square(), norms, norms.square())
-        totals = (sums.count, sums.gate, sums.gate_squared, sums.norm, sums.energy)
+        lengths = outputs.norm(dim=-1)
+        norms, ones = lengths * gates, torch.ones_like(gates)
+        columns = (ones, gates, gates.square(), norms, norms.square(), lengths)
+        totals = (sums.count, sums.gate, sums.gate_squared, sums.norm, sums.energy, sums.magnitude)
         for total, column in zip(totals, columns, strict=True):
             total.index_add_(0, slots, column)
         sums.output.index_add_(0, slots, gates.square()[:, None] * outputs)
@@ -170,12 +206,14 @@ def _observer(sums: ExpertStatistics) -> Observer:
 
 
 def _combine(parts: list[tuple[float, ExpertStatistics]]) -> ExpertStatistics:
-    names = [field.name for field in fields(ExpertStatistics)]
-    mixed = [torch.stack([w * getattr(stats, name) for w, stats in parts]).sum(0) for name in names]
-    return ExpertStatistics(*mixed)
+    def total(name: str) -> Tensor:
+        return torch.stack([w * getattr(stats, name) for w, stats in parts]).sum(0)
+
+    return ExpertStatistics(*(total(name) for name in COLUMNS))
 
 
-def _head(examples: Sequence[Example], max_tokens: int) -> list[Example]:
+def head(examples: Sequence[Example], max_tokens: int) -> list[Example]:
+    """The first examples that have `max_tokens` tokens together, or all."""
     taken, total = [], 0
     for example in examples:
         taken.append(example)

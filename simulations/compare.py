@@ -31,8 +31,8 @@ from proxymoe.simulations.site import Site
 from proxymoe.simulations.summing import Summing
 from proxymoe.simulations.world import Stage, World
 
-FULL: Cell = {"mode": "full", "router": None, "saliency": None, "kept_fraction": 1.0}
-LOCAL: Cell = {"mode": "local_only", "router": None, "saliency": None}
+FULL: Cell = {"mode": "full", "router": None, "allocation": None, "kept_fraction": 1.0}
+LOCAL: Cell = {"mode": "local_only", "router": None, "allocation": None}
 
 
 def run_comparison(world: World, folder: Path, stage: Stage) -> dict[str, Any]:
@@ -92,9 +92,9 @@ def _settings(mode: Mode, fraction: float, extract: ExtractSettings) -> ExtractS
 
 def _labels(mode: Mode, fraction: float) -> Cell:
     return {
-        "mode": mode.name,
+        "mode": mode.mode.value,
         "router": mode.router.value,
-        "saliency": mode.saliency.value,
+        "allocation": mode.allocation.value,
         "kept_fraction": fraction,
     }
 
@@ -110,7 +110,7 @@ def _single_cells(
             for mode in experiment.compare.modes:
                 settings = _settings(mode, fraction, experiment.extract)
                 cut = world.cut(world.site.device(name), settings, experiment.seed)
-                key = f"{name}-{fraction}-{mode.saliency}-{mode.name}-{mode.allocation}"
+                key = f"{name}-{fraction}-{mode.name}"
                 jobs[key] = (_labels(mode, fraction) | {"bytes": cut.num_bytes}, name, cut.plan)
     pending = {}
     cells: list[Cell] = []
@@ -178,16 +178,15 @@ def _federated_cells(
     fraction = experiment.extract.kept_fraction
     cells: list[Cell] = []
     variants: list[tuple[str, Cell, Mode | None]] = [("full", FULL, None)]
-    for mode in experiment.compare.federated_modes:
-        key = f"{mode.saliency}-{mode.name}-{mode.allocation}"
-        variants.append((key, _labels(mode, fraction), mode))
+    modes = experiment.compare.federated_modes
+    variants += [(mode.name, _labels(mode, fraction), mode) for mode in modes]
     for key, labels, how in variants:
         plans, num_bytes = _plans(world, names, how, fraction)
         federation = federation_of(pool, plans, experiment, run=f"{key}-{experiment.digest[:16]}")
         todo = [n for n in names if keep.get(f"federated-{key}-{n}") is None]
         if todo:
             total = experiment.federation.rounds
-            title = f"{prefix} {labels['saliency'] or 'full'}/{labels['mode']}"
+            title = f"{prefix} {key}"
             outcome = federate(
                 federation,
                 pool_transports(pool, plans),

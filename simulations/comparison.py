@@ -6,7 +6,14 @@ from typing import Any, Literal
 import numpy as np
 
 Cell = dict[str, Any]
-"""One measurement: setting, mode, router, saliency, kept_fraction, seed, device, and qualities."""
+"""One measurement: setting, mode, router, allocation, kept_fraction, seed, device, qualities."""
+
+
+def mode_label(row: Cell) -> str:
+    """A row's mode as tables and plots call it: what differs from the default follows it."""
+    usual = (None, "full", "global")
+    parts = [str(row["mode"]), *(row[k] for k in ("router", "allocation") if row[k] not in usual)]
+    return " ".join(parts).replace("_", " ")
 
 
 def comparison(cells: list[Cell]) -> list[dict[str, Any]]:
@@ -14,7 +21,7 @@ def comparison(cells: list[Cell]) -> list[dict[str, Any]]:
 
     Standard errors are those of the mean over seeds; they are null for a single seed.
     """
-    keys = ("setting", "kept_fraction", "mode", "router", "saliency")
+    keys = ("setting", "kept_fraction", "mode", "router", "allocation")
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         groups.setdefault(tuple(cell[key] for key in keys), []).append(cell)

@@ -12,6 +12,7 @@ from proxymoe.common.config import Experiment
 from proxymoe.common.plan import Plan
 from proxymoe.server.aggregate import Summation
 from proxymoe.server.journal import Journal, initial_state
+from proxymoe.server.merging import require_identity
 from proxymoe.server.round import (
     Federation,
     FederationState,
@@ -51,6 +52,8 @@ def federation_of(
         vector = None if adapter is None else adapter.numpy()
         return pool.submit(worker.canary_loss, vector, CANARY_ROWS, CANARY_TOKENS).result()
 
+    for plan in plans.values():
+        require_identity(plan, site.layout)
     members = {name: Member(plan, site.layout.held_under(plan)) for name, plan in plans.items()}
     return Federation(
         run=run,

@@ -11,6 +11,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from proxymoe.simulations.comparison import mode_label
+
 BEFORE, AFTER, OWN = "#b8bec6", "#2f6f9f", "#d9822b"
 LINES = ("#2f6f9f", "#d9822b", "#5a9367", "#8c5fa8", "#b8bec6", "#b5484b")
 
@@ -144,10 +146,10 @@ def comparison(metrics: dict[str, Any]) -> Figure:
     )
     for axes, setting in zip(grid.flat, settings, strict=True):
         mine = [r for r in rows if r["setting"] == setting and r["kept_fraction"] < 1]
-        labels = list(dict.fromkeys(_mode(row) for row in mine))
+        labels = list(dict.fromkeys(mode_label(row) for row in mine))
         fractions = sorted({row["kept_fraction"] for row in mine}, reverse=True)
         for i, fraction in enumerate(fractions):
-            here = {_mode(row): row for row in mine if row["kept_fraction"] == fraction}
+            here = {mode_label(row): row for row in mine if row["kept_fraction"] == fraction}
             at = [labels.index(label) + (i - (len(fractions) - 1) / 2) * 0.38 for label in here]
             heights = [row["gap_nats"] for row in here.values()]
             errors = [row["stderr"].get("gap_nats") or 0.0 for row in here.values()]
@@ -162,10 +164,6 @@ def comparison(metrics: dict[str, Any]) -> Figure:
     figure.suptitle("Plugged back into the full model, at equal bytes")
     figure.tight_layout()
     return figure
-
-
-def _mode(row: dict[str, Any]) -> str:
-    return f"{row['saliency']}/{row['mode']}" if row["saliency"] else str(row["mode"])
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Any]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from proxymoe.common.files import write_json
+from proxymoe.simulations.comparison import mode_label
 
 COLUMNS = {
     "base": "base\nmodel",
@@ -113,7 +114,7 @@ def comparison_cells(row: dict[str, Any]) -> list[str]:
         return f"{value:.{digits}f}±{error:.{digits}f}".replace("±0.", "±.")
 
     return [
-        f"{row['mode']} {row['saliency'] or ''}".replace("_", " ").rstrip(),
+        mode_label(row),
         f"{100 * row['kept_fraction']:.3g}%",
         f"{row['bytes'] / 1e6:.0f}",
         cell("accuracy", 3),

@@ -22,17 +22,28 @@ from torch import nn
 from proxymoe.client.personalize import Device, personalize
 from proxymoe.client.train import tune
 from proxymoe.common.attach import AttachedAdapter
+from proxymoe.common.checkpoint import read_tensors
 from proxymoe.common.config import TrainSettings
 from proxymoe.common.errors import PlanError
-from proxymoe.common.experts import expert_state
+from proxymoe.common.experts import Redirect, expert_state
 from proxymoe.common.loss import Quality, token_quality
 from proxymoe.common.measure import peak_rss_mb
-from proxymoe.common.model import LoadedModel, compute_dtype, load, redirects
+from proxymoe.common.model import (
+    NEURONS,
+    TABLES_FILE,
+    LoadedModel,
+    compute_dtype,
+    load,
+    merged_experts,
+    redirects,
+)
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.plan import Plan, RouterMode
 from proxymoe.common.text import Example, Examples, collate, packed_batches
 from proxymoe.server import canary
-from proxymoe.server.profile import profile_domain, save_domain
+from proxymoe.server.merging import merges_adapters, returned_home
+from proxymoe.server.profile import head, profile_domain, save_domain
+from proxymoe.server.relations import relate_domain, save_relations
 from proxymoe.simulations.ranking import ranked_quality
 from proxymoe.simulations.site import (
     Site,
@@ -69,23 +80,36 @@ class Worker:
 
     def mounted(self, plan: Plan | None) -> LoadedModel:
         """The submodel of a plan, valid until the next call; None is the full model."""
-        if plan is not None and plan.router is RouterMode.SLICED:
+        if plan is not None and plan.router is not RouterMode.FULL:
             if self._sliced is None or self._sliced[0] != plan.digest:
                 dtype = compute_dtype(self.site.experiment.train.dtype)
                 self._sliced = (plan.digest, load(self.site.submodels / plan.digest, dtype))
             return self._sliced[1]
-        found = {} if plan is None else redirects(plan, self.site.submodels / plan.digest)
+        found: dict[int, Redirect] = {}
+        merged: dict[int, dict[str, torch.Tensor]] = {}
+        if plan is not None:
+            folder = self.site.submodels / plan.digest
+            found, merged = redirects(plan, folder), merged_experts(plan, folder)
         for layer in moe_layers(self.full.model):
             weights = self._weights[layer.position]
             if plan is not None and layer.position in found:
                 kept = torch.tensor(plan.layers[layer.position].kept)
+                slots = merged.get(layer.position, {})
                 weights = {
-                    n: nn.Parameter(w[kept], requires_grad=False) for n, w in weights.items()
+                    name: nn.Parameter(slots.get(name, w[kept]).to(w.dtype), requires_grad=False)
+                    for name, w in weights.items()
                 }
             expert_state(layer.experts).redirect = found.get(layer.position)
             for name, weight in weights.items():
                 layer.experts.register_parameter(name, weight)
         return LoadedModel(self.full.model, self.full.tokenizer, plan or self.full.plan)
+
+    def brought_home(self, plan: Plan, update: torch.Tensor) -> torch.Tensor:
+        """The update (P,) with what slots of merged experts learned given to their members."""
+        tables = read_tensors(self.site.submodels / plan.digest / TABLES_FILE)
+        neurons = {at: tables[f"{at}.{NEURONS}"] for at in plan.layers}
+        layers = {layer.position: layer for layer in moe_layers(self.full.model)}
+        return returned_home(plan, self.site.layout, update, neurons, layers)
 
     def examples(self, name: str, split: str) -> tuple[Example, ...]:
         """The device's examples of one split."""
@@ -128,6 +152,17 @@ def profile(domain: str, folder: Path) -> int:
     loaded = worker.mounted(None)
     statistics, num_tokens = profile_domain(loaded, examples, experiment.calibration_tokens)
     save_domain(folder / f"{domain}.safetensors", worker.site.base, statistics, num_tokens)
+    return num_tokens
+
+
+def relate(domain: str, folder: Path) -> int:
+    """Sees how experts relate on one public domain; returns the tokens seen."""
+    worker, experiment = here(), here().site.experiment
+    path = asset(experiment.calibration) / f"{domain}.jsonl"
+    examples = public_examples(path, worker.full.tokenizer, experiment.train.max_tokens)
+    seen = head(examples, experiment.calibration_tokens)
+    relations, num_tokens = relate_domain(worker.mounted(None), seen)
+    save_relations(folder / f"{domain}.safetensors", relations, num_tokens)
     return num_tokens
 
 
@@ -179,6 +214,8 @@ def tune_locally(
     result = origin.clone()
     for block, begin_at, end_at in layout.positions_in(full):
         result[full.bounds[block] : full.bounds[block + 1]] = tuned.vector[begin_at:end_at]
+    if plan is not None and merges_adapters(plan, full):
+        result = origin + worker.brought_home(plan, result - origin)
     return LocalRun(result.numpy(), time.monotonic() - started, peak_rss_mb())
 
 
@@ -263,6 +300,7 @@ __all__ = [
     "open_device",
     "profile",
     "public_loss",
+    "relate",
     "row_counts",
     "start",
     "tune_locally",

@@ -7,18 +7,20 @@ content, so the next run starts at once.
 from collections.abc import Callable
 from concurrent.futures import as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from proxymoe.common.adapter import adapter_layout
 from proxymoe.common.checkpoint import WEIGHTS, write_tensors
-from proxymoe.common.config import Experiment, ExtractSettings
+from proxymoe.common.config import Experiment, ExtractSettings, PlanMode
 from proxymoe.common.files import canonical_json, digest_of
-from proxymoe.common.model import OFFSETS_FILE
+from proxymoe.common.model import TABLES_FILE
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.extract import Extraction, extract
-from proxymoe.server.profile import Profile, load_profile
+from proxymoe.server.modes import MODES
+from proxymoe.server.profile import COLUMNS, Profile, load_profile
 from proxymoe.simulations import worker
 from proxymoe.simulations.pool import WorkerPool, result_of
 from proxymoe.simulations.site import Site, VirtualDevice, asset, virtual_devices
@@ -44,8 +46,8 @@ class World:
         folder = self.site.submodels / extraction.plan.digest
         if not (folder / WEIGHTS).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            if extraction.offsets:
-                write_tensors(folder / OFFSETS_FILE, extraction.offsets)
+            if extraction.tables:
+                write_tensors(folder / TABLES_FILE, extraction.tables)
             self.base.materialise(extraction.plan, folder)
         return extraction
 
@@ -66,12 +68,33 @@ def profile_base(pool: WorkerPool, base: BaseCheckpoint, cache: Path, stage: Sta
     experiment = pool.site.experiment
     files = sorted(asset(experiment.calibration).glob("*.jsonl"))
     text = digest_of(*(path.read_bytes() for path in files))
-    key = digest_of(canonical_json([base.digest, text, experiment.calibration_tokens]))
-    folder = cache / f"profile-{key[:24]}"
-    todo = [path.stem for path in files if not (folder / f"{path.stem}.safetensors").exists()]
-    stage("profile", len(files) - len(todo), len(files))
-    futures = [pool.submit(worker.profile, domain, folder) for domain in todo]
-    for done, future in enumerate(as_completed(futures), start=len(files) - len(todo) + 1):
+    key = digest_of(canonical_json([base.digest, text, experiment.calibration_tokens, COLUMNS]))
+    domains, folder = [path.stem for path in files], cache / f"profile-{key[:24]}"
+    _make(pool, worker.profile, domains, folder, partial(stage, "profile"))
+    relations = None
+    if any(MODES[mode].relations for mode in _modes(experiment)):
+        relations = cache / f"relations-{key[:24]}"
+        _make(pool, worker.relate, domains, relations, partial(stage, "relations of experts"))
+    return load_profile(folder, base.digest, relations)
+
+
+def _modes(experiment: Experiment) -> set[PlanMode]:
+    compare = experiment.compare
+    listed = (*compare.modes, *compare.federated_modes)
+    return {experiment.extract.mode, *(each.mode for each in listed)}
+
+
+def _make(
+    pool: WorkerPool,
+    job: Callable[[str, Path], int],
+    domains: list[str],
+    folder: Path,
+    stage: Callable[[int, int], None],
+) -> None:
+    """Has the workers make what is not in the folder yet, one file per domain."""
+    todo = [name for name in domains if not (folder / f"{name}.safetensors").exists()]
+    stage(len(domains) - len(todo), len(domains))
+    futures = [pool.submit(job, domain, folder) for domain in todo]
+    for done, future in enumerate(as_completed(futures), start=len(domains) - len(todo) + 1):
         result_of(future)
-        stage("profile", done, len(files))
-    return load_profile(folder, base.digest)
+        stage(done, len(domains))

@@ -4,6 +4,7 @@ What the tests beside the code say of the representative families in detail, is 
 other family in short: one small model each, made once.
 """
 
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from proxymoe.common.config import TrainSettings
 from proxymoe.common.errors import UnsupportedModel
 from proxymoe.common.experts import install_backend, only_valid_tokens
 from proxymoe.common.loss import completion_loss, token_quality
-from proxymoe.common.model import OFFSETS_FILE, load
+from proxymoe.common.model import TABLES_FILE, load
 from proxymoe.common.moe import attention_linears, moe_layers, slice_router, writes_to_stream
 from proxymoe.common.peft_format import export_peft, import_peft
 from proxymoe.common.plan import LayerPlan, Others, Plan, RouterMode
@@ -97,6 +98,17 @@ def one_expert(experts, expert, hidden):
         inner = inner + experts.gate_up_proj_bias[expert]
     output = experts._apply_gate(inner) @ down
     return output + experts.down_proj_bias[expert] if experts.has_bias else output
+
+
+@contextmanager
+def parametrised(module, tensors):
+    """Within the block, the module has these tensors in place of its own."""
+    own = {name: getattr(module, name).data for name in tensors}
+    for name, tensor in tensors.items():
+        getattr(module, name).data = tensor
+    yield
+    for name, tensor in own.items():
+        getattr(module, name).data = tensor
 
 
 def replaced(model, contribution):
@@ -231,17 +243,58 @@ def test_dropped_experts_are_silent(model, tmp_path):
 
 def test_mean_vectors_stand_in_for_experts(model, tmp_path):
     generator = torch.Generator().manual_seed(3)
-    offsets = {str(at): torch.randn(8, 64, generator=generator) for at in model.base.layers}
+    offsets = {f"{at}.offset": torch.randn(8, 64, generator=generator) for at in model.base.layers}
     for table in offsets.values():
         table[list(KEPT)] = 0.0
-    plan = plan_of(model, others=Others.MEAN, offsets="00")
+    plan = plan_of(model, others=Others.MEAN, tables="00")
     folder = model.base.materialise(plan, tmp_path / "cut")
-    write_tensors(folder / OFFSETS_FILE, offsets)
+    write_tensors(folder / TABLES_FILE, offsets)
 
     def constant(at, experts, expert, hidden):
-        return one_expert(experts, expert, hidden) if expert in KEPT else offsets[str(at)][expert]
+        return (
+            one_expert(experts, expert, hidden)
+            if expert in KEPT
+            else offsets[f"{at}.offset"][expert]
+        )
 
     assert_near(logits(load(folder).model), replaced(model, constant))
+
+
+def test_kept_experts_imitate_others_and_are_adapted_for_their_own_tokens(model, tmp_path):
+    generator = torch.Generator().manual_seed(4)
+    scale, offset = torch.ones(8), torch.randn(8, 64, generator=generator)
+    scale[list(OTHERS)] = torch.tensor([0.5, -0.7, 1.1, 2.0])
+    offset[list(KEPT)] = 0.0
+    stands_for = dict(zip(OTHERS, (1, 1, 7, 4), strict=True))
+    layers = {
+        at: LayerPlan(num_experts=8, kept=KEPT, stands_for=stands_for) for at in model.base.layers
+    }
+    plan = Plan(base=model.base.digest, layers=layers, others=Others.AFFINE, tables="00")
+    folder = model.base.materialise(plan, tmp_path / "cut")
+    tables = {f"{at}.scale": scale for at in layers} | {f"{at}.offset": offset for at in layers}
+    write_tensors(folder / TABLES_FILE, tables)
+    cut = load(folder)
+
+    def imitated(_, experts, expert, hidden):
+        stand = stands_for.get(expert, expert)
+        return scale[expert] * one_expert(experts, stand, hidden) + offset[expert]
+
+    assert_near(logits(cut.model), replaced(model, imitated))
+    layout = adapter_layout(model.base.skeleton, ("experts",), 4, 3)
+    held, vector = layout.held_under(plan), random_vector(layout)
+    weights = merged_weights(model.stock, layout, vector)
+
+    def adapted(at, experts, expert, hidden):
+        if expert not in KEPT:
+            return imitated(at, experts, expert, hidden)
+        path = f"{model.base.layers[at].name}.experts"
+        changed = {leaf: weights[f"{path}.{leaf}"] for leaf in ("gate_up_proj", "down_proj")}
+        with parametrised(experts, changed):
+            return one_expert(experts, expert, hidden)
+
+    with AttachedAdapter(cut.model, held) as adapter:
+        adapter.bind(held.take_from(layout, vector))
+        assert_near(logits(cut.model), replaced(model, adapted))
 
 
 def test_a_sliced_router_chooses_among_the_kept(model, tmp_path):

@@ -49,7 +49,7 @@ def test_a_list_of_files_that_is_none_is_damage(home, folder, content):
 
 
 def test_a_submodel_of_another_plan_is_not_offered(home, folder, qwen):
-    other = qwen.base.keep_all().model_copy(update={"saliency": "other"})
+    other = qwen.base.keep_all().model_copy(update={"mode": "other"})
     (folder / PLAN_FILE).write_text(other.model_dump_json())
     with pytest.raises(LayoutMismatch, match=f"of plan {other.digest[:12]}, assigned was"):
         describe(home)

@@ -52,7 +52,7 @@ def test_weights_of_kept_experts_and_trunk_are_byte_identical(model, tmp_path):
         assert torch.equal(tensor, expected), name
 
 
-@pytest.mark.parametrize("mode", RouterMode)
+@pytest.mark.parametrize("mode", [RouterMode.FULL, RouterMode.SLICED])
 def test_the_listing_weighs_what_the_file_weighs(model, tmp_path, mode):
     manifest = model.base.manifest(plan_of(model, router=mode))
     folder = materialise(manifest, tmp_path, model.base.read_piece, model.base.read_companion)
@@ -183,7 +183,7 @@ def test_a_submodel_without_some_weights_is_refused_at_loading(qwen, tmp_path):
 def test_dropping_and_slicing_differ_where_gates_renormalise(qwen, tmp_path):
     full, sliced = (
         logits(load(qwen.base.materialise(plan_of(qwen, router=mode), tmp_path / mode)).model)
-        for mode in RouterMode
+        for mode in (RouterMode.FULL, RouterMode.SLICED)
     )
     assert not torch.allclose(full, sliced, atol=1e-3)
 

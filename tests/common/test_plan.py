@@ -22,7 +22,7 @@ plans = st.builds(
     Plan,
     base=st.just(BASE),
     layers=st.dictionaries(st.integers(0, 90), layer_plans(), min_size=1, max_size=2),
-    router=st.sampled_from(RouterMode),
+    router=st.sampled_from([RouterMode.FULL, RouterMode.SLICED]),
 )
 
 
@@ -67,13 +67,26 @@ def test_an_impossible_layer_is_refused(kept, reason):
         LayerPlan(num_experts=4, kept=kept)
 
 
+@pytest.mark.parametrize("stands_for", [{1: 2}, {0: 3}, {4: 1}, {-1: 1}])
+def test_only_kept_experts_stand_for_others(stands_for):
+    with pytest.raises(ValidationError, match="not from experts left out to kept experts"):
+        LayerPlan(num_experts=4, kept=(1, 2), stands_for=stands_for)
+
+
+def test_who_is_stood_for_has_the_slot_of_the_other():
+    layer = LayerPlan(num_experts=5, kept=(1, 3), stands_for={0: 3, 4: 1})
+    assert layer.slots() == [1, 0, -1, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
         ({"layers": {}}, "at least one layer"),
-        ({"others": "mean"}, "offsets go with"),
-        ({"offsets": "00"}, "offsets go with"),
-        ({"others": "mean", "offsets": "00", "router": "sliced"}, "sliced router"),
+        ({"others": "mean"}, "tables go with"),
+        ({"tables": "00"}, "tables go with"),
+        ({"others": "mean", "tables": "00", "router": "sliced"}, "sliced router"),
+        ({"router": "summed"}, "summed router goes with merged"),
+        ({"layers": {0: LayerPlan(num_experts=2, kept=(1,), stands_for={0: 1})}}, "stand for"),
         ({"floor": 1}, "Extra inputs"),
     ],
 )
@@ -95,7 +108,7 @@ def test_others_and_router_take_part_in_the_digest():
     variants = [
         Plan(base=BASE, layers=layers),
         Plan(base=BASE, layers=layers, router=RouterMode.SLICED),
-        Plan(base=BASE, layers=layers, others=Others.MEAN, offsets="00"),
-        Plan(base=BASE, layers=layers, others=Others.MEAN, offsets="01"),
+        Plan(base=BASE, layers=layers, others=Others.MEAN, tables="00"),
+        Plan(base=BASE, layers=layers, others=Others.MEAN, tables="01"),
     ]
     assert len({plan.digest for plan in variants}) == 4

@@ -9,12 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxymoe.common.checkpoint import WEIGHTS, write_tensors
-from proxymoe.common.config import Allocation, ExtractSettings, Saliency
+from proxymoe.common.config import Allocation, ExtractSettings, PlanMode
 from proxymoe.common.errors import BudgetError, ConfigError, PlanError
-from proxymoe.common.model import OFFSETS_FILE, load
-from proxymoe.common.plan import Others, RouterMode, read_plan
-from proxymoe.server.extract import SHRINKAGE_TOKENS, budget_bytes, extract, score
-from proxymoe.server.profile import ExpertStatistics, Profile
+from proxymoe.common.model import TABLES_FILE, load
+from proxymoe.common.plan import RouterMode, read_plan
+from proxymoe.server.extract import budget_bytes, extract
+from proxymoe.server.modes import MODES
+from proxymoe.server.modes.mean import SHRINKAGE_TOKENS
+from proxymoe.server.profile import COLUMNS, ExpertStatistics, Profile
+from proxymoe.server.relations import Relations
 from tests.tiny import TinyBase, assert_near, logits
 
 TOKENS = 1000
@@ -33,8 +36,21 @@ def statistics(seed: int) -> ExpertStatistics:
         gate_squared=count * mean_gate**2,
         norm=count * mean_gate * norm,
         energy=1.5 * count * (mean_gate * norm) ** 2,
+        magnitude=1.2 * count * norm,
         output=count[:, None] * mean_gate[:, None] ** 2 * output,
     )
+
+
+def relations(seed: int) -> Relations:
+    """What TOKENS random tokens, outputs and logits of eight experts show."""
+    generator = torch.Generator().manual_seed(seed)
+    found = Relations.zeros(8, 64)
+    outputs = torch.randn(8, TOKENS, 64, generator=generator)
+    logits = torch.randn(TOKENS, 8, generator=generator)
+    gates = logits.softmax(-1)
+    routed = torch.zeros_like(gates).scatter(1, gates.topk(3).indices, 1.0)
+    found.add(outputs + outputs[0], logits, (gates * routed).square())
+    return found
 
 
 def profile_of(tiny: TinyBase, seeds: tuple[int, ...] = (0, 10)) -> Profile:
@@ -42,7 +58,10 @@ def profile_of(tiny: TinyBase, seeds: tuple[int, ...] = (0, 10)) -> Profile:
         f"domain{seed}": {at: statistics(seed + at) for at in tiny.base.num_experts}
         for seed in seeds
     }
-    return Profile(tiny.base.digest, domains, dict.fromkeys(domains, TOKENS))
+    related = {
+        name: ({at: relations(at) for at in layers}, TOKENS) for name, layers in domains.items()
+    }
+    return Profile(tiny.base.digest, domains, dict.fromkeys(domains, TOKENS), related)
 
 
 def cut(tiny: TinyBase, seed: int = 0, **fields):
@@ -60,17 +79,16 @@ def total(tiny: TinyBase) -> int:
 
 settings_of = st.fixed_dictionaries(
     {
-        "saliency": st.sampled_from(Saliency),
+        "mode": st.sampled_from(PlanMode),
         "allocation": st.sampled_from(Allocation),
         "floor": st.floats(0, 1),
-        "others": st.sampled_from(Others),
     }
 )
 
 
 @given(settings_of, st.floats(0, 1.2))
 def test_any_budget_is_respected(qwen, fields, position):
-    table = 2 * 64 * 8 * 2 if fields["others"] is Others.MEAN else 0
+    table = MODES[fields["mode"]].table_bytes(qwen.base)
     budget = int(smallest(qwen) + table + position * (total(qwen) - smallest(qwen)))
     found = cut(qwen, budget_bytes=budget, **fields)
     assert found.num_bytes <= budget
@@ -80,7 +98,7 @@ def test_any_budget_is_respected(qwen, fields, position):
 
 @given(settings_of, st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted))
 def test_more_budget_never_keeps_fewer_experts(qwen, fields, positions):
-    table = 2 * 64 * 8 * 2
+    table = MODES[fields["mode"]].table_bytes(qwen.base)
     less, more = (
         cut(
             qwen,
@@ -95,31 +113,31 @@ def test_more_budget_never_keeps_fewer_experts(qwen, fields, positions):
             assert set(layer.kept) <= set(more.layers[at].kept)
 
 
-@given(st.floats(0.15, 1), st.floats(0, 1), st.sampled_from(Saliency))
-def test_every_layer_keeps_its_floor(qwen, fraction, floor, saliency):
-    plan = cut(qwen, kept_fraction=fraction, floor=floor, saliency=saliency).plan
+@given(st.floats(0.15, 1), st.floats(0, 1), st.sampled_from(PlanMode))
+def test_every_layer_keeps_its_floor(qwen, fraction, floor, mode):
+    plan = cut(qwen, kept_fraction=fraction, floor=floor, mode=mode).plan
     uniform = int(fraction * 8)
     assert min(len(layer.kept) for layer in plan.layers.values()) >= max(1, int(floor * uniform))
 
 
-@given(st.floats(0.15, 1), st.sampled_from(Saliency))
-def test_uniform_keeps_the_same_number_in_every_layer(qwen, fraction, saliency):
-    plan = cut(qwen, kept_fraction=fraction, saliency=saliency, allocation="uniform").plan
+@given(st.floats(0.15, 1), st.sampled_from(PlanMode))
+def test_uniform_keeps_the_same_number_in_every_layer(qwen, fraction, mode):
+    plan = cut(qwen, kept_fraction=fraction, mode=mode, allocation="uniform").plan
     assert len({len(layer.kept) for layer in plan.layers.values()}) == 1
 
 
-@pytest.mark.parametrize("others", Others)
-def test_a_budget_too_small_names_the_smallest_that_fits(model, others):
+@pytest.mark.parametrize("mode", ["drop", "mean", "affine"])
+def test_a_budget_too_small_names_the_smallest_that_fits(model, mode):
     with pytest.raises(BudgetError, match="a budget of 1,000 bytes") as refused:
-        cut(model, budget_bytes=1000, others=others)
+        cut(model, budget_bytes=1000, mode=mode)
     named = int(
         re.findall(r"smallest that fits is ([\d,]+)", str(refused.value))[0].replace(",", "")
     )
-    found = cut(model, budget_bytes=named, others=others)
+    found = cut(model, budget_bytes=named, mode=mode)
     assert found.plan.num_kept == len(model.base.num_experts)
     assert found.num_bytes <= named
     with pytest.raises(BudgetError):
-        cut(model, budget_bytes=named - 1, others=others)
+        cut(model, budget_bytes=named - 1, mode=mode)
 
 
 def test_a_fraction_too_small_is_refused_like_a_budget(qwen):
@@ -151,40 +169,44 @@ def test_energy_keeps_the_largest_energies_over_all_layers(qwen):
 
 
 @pytest.mark.parametrize(
-    ("saliency", "others", "expected"),
+    ("mode", "saliency"),
     [
-        ("energy", "drop", lambda s: s.energy),
-        ("energy", "mean", lambda s: s.energy - s.output.square().sum(1) / s.gate_squared),
-        ("frequency", "drop", lambda s: s.count),
-        ("reap", "drop", lambda s: s.norm / s.count),
+        ("drop", lambda s: s.energy),
+        ("mean", lambda s: s.energy - s.output.square().sum(1) / s.gate_squared),
+        ("frequency", lambda s: s.count),
+        ("reap", lambda s: s.norm / s.count),
+        ("ean", lambda s: s.magnitude),
+        ("msmoe", lambda s: s.count),
     ],
 )
-def test_saliencies_are_their_formulas(saliency, others, expected):
-    settings, stats = ExtractSettings(saliency=saliency, others=others), statistics(3)
-    found = score({5: stats}, settings, np.random.default_rng(0))
-    assert_near(torch.from_numpy(found[5]).float(), expected(stats), 1e-4)
+def test_modes_keep_what_their_formula_ranks_first(qwen, mode, saliency):
+    plan = cut(qwen, mode=mode, kept_fraction=0.5, allocation="uniform").plan
+    for at, layer in plan.layers.items():
+        best = saliency(statistics(at)).argsort(descending=True)[: len(layer.kept)]
+        assert set(layer.kept) == set(best.tolist())
 
 
-@pytest.mark.parametrize("saliency", Saliency)
-def test_experts_never_routed_to_come_last(saliency):
-    stats = statistics(3)
-    for name in ("count", "gate", "gate_squared", "norm", "energy", "output"):
-        getattr(stats, name)[2] = 0.0
-    found = score({0: stats}, ExtractSettings(saliency=saliency), np.random.default_rng(0))[0]
-    assert np.isfinite(found).all()
-    if saliency is not Saliency.RANDOM:
-        assert found.argmin() == 2
+@pytest.mark.parametrize("mode", ["drop", "mean", "reap", "ean", "frequency"])
+def test_experts_never_routed_to_come_last(qwen, mode):
+    profile = profile_of(qwen)
+    for stats in profile.domains["domain0"].values():
+        for column in COLUMNS:
+            getattr(stats, column)[2] = 0.0
+    settings = ExtractSettings(mode=mode, kept_fraction=0.875, allocation="uniform")
+    rng = np.random.default_rng(0)
+    plan = extract(qwen.base, profile, {"domain0": 1.0}, settings, rng).plan
+    assert all(2 not in layer.kept for layer in plan.layers.values())
 
 
 def test_random_is_seeded(qwen):
-    draws = [cut(qwen, seed, saliency="random").plan for seed in (0, 0, 1, 2)]
+    draws = [cut(qwen, seed, mode="random").plan for seed in (0, 0, 1, 2)]
     assert draws[0] == draws[1]
     assert len({plan.digest for plan in draws}) == 3
 
 
-@pytest.mark.parametrize("saliency", ["energy", "reap", "frequency"])
-def test_what_is_not_random_does_not_depend_on_the_seed(qwen, saliency):
-    assert cut(qwen, 0, saliency=saliency).plan == cut(qwen, 1, saliency=saliency).plan
+@pytest.mark.parametrize("mode", [mode for mode in PlanMode if mode is not PlanMode.RANDOM])
+def test_what_is_not_random_does_not_depend_on_the_seed(qwen, mode):
+    assert cut(qwen, 0, mode=mode).plan == cut(qwen, 1, mode=mode).plan
 
 
 def test_the_mixture_decides_which_experts_are_kept(qwen):
@@ -197,9 +219,9 @@ def test_the_mixture_decides_which_experts_are_kept(qwen):
 
 
 def test_mean_offsets_are_shrunk_means_of_the_others_and_zero_for_the_kept(qwen, tmp_path):
-    found = cut(qwen, others="mean", kept_fraction=0.5)
+    found = cut(qwen, mode="mean", kept_fraction=0.5)
     for at, layer in found.plan.layers.items():
-        stats, offsets = statistics(at), found.offsets[str(at)].float()
+        stats, offsets = statistics(at), found.tables[f"{at}.offset"].float()
         for expert in range(8):
             if expert in layer.kept:
                 assert offsets[expert].eq(0).all()
@@ -207,19 +229,19 @@ def test_mean_offsets_are_shrunk_means_of_the_others_and_zero_for_the_kept(qwen,
                 trust = stats.count[expert] / (stats.count[expert] + SHRINKAGE_TOKENS)
                 mean = stats.output[expert] / stats.gate_squared[expert]
                 assert_near(offsets[expert], trust * mean, 1e-2)
-    write_tensors(tmp_path / OFFSETS_FILE, found.offsets)
+    write_tensors(tmp_path / TABLES_FILE, found.tables)
     loaded = load(qwen.base.materialise(found.plan, tmp_path))
     assert bool(torch.isfinite(logits(loaded.model)).all())
 
 
 def test_a_mean_plan_differs_from_one_with_other_means(qwen):
-    one = cut(qwen, others="mean", kept_fraction=0.5)
+    one = cut(qwen, mode="mean", kept_fraction=0.5)
     profile, rng = profile_of(qwen), np.random.default_rng(0)
     for layer in profile.domains["domain0"].values():
         layer.output.neg_()
-    settings = ExtractSettings(others=Others.MEAN, kept_fraction=0.5)
+    settings = ExtractSettings(mode="mean", kept_fraction=0.5)
     other = extract(qwen.base, profile, {"domain0": 1.0}, settings, rng)
-    tables = sum(o.numel() * o.element_size() for o in one.offsets.values())
+    tables = sum(o.numel() * o.element_size() for o in one.tables.values())
     assert one.num_bytes == qwen.base.manifest(one.plan).num_bytes + tables
     assert one.plan.layers == other.plan.layers
     assert one.plan.digest != other.plan.digest
@@ -257,3 +279,17 @@ def test_a_profile_of_another_base_model_is_refused(qwen, tiny):
 def test_an_impossible_mixture_is_refused(qwen, mixture, reason):
     with pytest.raises(ConfigError, match=reason):
         extract(qwen.base, profile_of(qwen), mixture, ExtractSettings(), np.random.default_rng(0))
+
+
+def test_a_mode_that_looks_at_relations_asks_for_them(qwen):
+    bare = profile_of(qwen)
+    bare = Profile(bare.base, bare.domains, bare.num_tokens)
+    settings = ExtractSettings(mode="ptse")
+    with pytest.raises(PlanError, match=r"no relations of experts on the domains \['domain0'\]"):
+        extract(qwen.base, bare, {"domain0": 1.0}, settings, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("mode", ["drop", "mean", "affine"])
+def test_probabilities_are_summed_only_where_experts_are_merged(qwen, mode):
+    with pytest.raises(PlanError, match=f"'{mode}', which merges no experts; use 'full'"):
+        cut(qwen, mode=mode, router="summed")

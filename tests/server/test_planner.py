@@ -16,7 +16,7 @@ from proxymoe.common.domains import load_table
 from proxymoe.common.errors import BudgetError, ConfigError
 from proxymoe.common.files import digest_of
 from proxymoe.common.manifest import Manifest, materialise
-from proxymoe.common.model import OFFSETS_FILE, load
+from proxymoe.common.model import TABLES_FILE, load
 from proxymoe.server.blobs import read_chunks
 from proxymoe.server.extract import budget_bytes
 from proxymoe.server.planner import Planner, memory_estimate
@@ -141,11 +141,9 @@ def test_the_profile_is_the_simulations_to_the_bit(world, planner):
             assert torch.equal(found.output, expected.output)
 
 
-@pytest.mark.parametrize("saliency", ["energy", "random"])
-def test_plans_are_the_simulations(world, prepared, tmp_path, saliency):
-    run = prepared_directory(
-        world, prepared, tmp_path / "run", extract={"saliency": saliency}, seed=3
-    )
+@pytest.mark.parametrize("mode", ["drop", "random"])
+def test_plans_are_the_simulations(world, prepared, tmp_path, mode):
+    run = prepared_directory(world, prepared, tmp_path / "run", extract={"mode": mode}, seed=3)
     planner = populated(run)
     for device in world.site.devices:
         expected = world.cut(device, run.settings.extract, seed=3)
@@ -180,10 +178,10 @@ def test_the_canary_is_the_simulations(world, planner):
     assert canary(torch.from_numpy(vector)) == worker.canary_loss(vector, 3, 40)
 
 
-@pytest.mark.parametrize("others", ["drop", "mean"])
-def test_everything_assigned_is_allowed_and_there_and_whole(world, prepared, tmp_path, others):
+@pytest.mark.parametrize("mode", ["drop", "mean"])
+def test_everything_assigned_is_allowed_and_there_and_whole(world, prepared, tmp_path, mode):
     planner = populated(
-        prepared_directory(world, prepared, tmp_path / "run", extract={"others": others})
+        prepared_directory(world, prepared, tmp_path / "run", extract={"mode": mode})
     )
     assignment = planner.assign("kitchen", Application(domain="kitchen"))
     sizes = {assignment.manifest.digest: assignment.manifest.num_bytes, **assignment.companions}
@@ -196,7 +194,7 @@ def test_everything_assigned_is_allowed_and_there_and_whole(world, prepared, tmp
         assert digest in set(planner.places)
     manifest = manifest_of(planner, assignment)
     assert manifest.plan.digest == assignment.plan
-    assert (OFFSETS_FILE in manifest.companions) == (others == "mean")
+    assert (TABLES_FILE in manifest.companions) == (mode != "drop")
 
     # What a device does with it: the simulation's submodel.
     folder = materialise(

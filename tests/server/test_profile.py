@@ -10,6 +10,7 @@ from proxymoe.common.model import load
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.text import Example
 from proxymoe.server.profile import (
+    COLUMNS,
     ExpertStatistics,
     Profile,
     load_profile,
@@ -18,7 +19,7 @@ from proxymoe.server.profile import (
 )
 from tests.tiny import assert_near, some_tokens
 
-FIELDS = ("count", "gate", "gate_squared", "norm", "energy", "output")
+FIELDS = COLUMNS
 
 
 def examples_of(seed, lengths):
@@ -41,6 +42,7 @@ def by_hand(model, examples):
                     stats.count[expert] += 1
                     stats.gate[expert] += gate
                     stats.gate_squared[expert] += gate**2
+                    stats.magnitude[expert] += output.norm()
                     stats.norm[expert] += (gate * output).norm()
                     stats.energy[expert] += (gate * output).norm() ** 2
                     stats.output[expert] += gate**2 * output

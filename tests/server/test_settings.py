@@ -32,7 +32,7 @@ def settings(**fields):
 CHANGED = settings(
     public_domains=('quo"te', "back\\slash", "del\x7fete", "ünï"),
     largest_budget_bytes=1 << 40,
-    extract=ExtractSettings(others="mean", budget_bytes=10**9),
+    extract=ExtractSettings(mode="mean", budget_bytes=10**9),
     federation=FederationSettings(cohort_size=40, epsilon=3e-7),
     rules=RuleSettings(min_devices=8, quorum=0.9),
     network=NetworkSettings(names=("fleet.example.org", "::1"), plain_text=True),

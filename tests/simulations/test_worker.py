@@ -22,9 +22,13 @@ from tests.tiny import logits
 from tests.worlds import tiny_site
 
 MODES: dict[str, dict[str, Any]] = {
-    "drop": {"others": "drop"},
-    "mean": {"others": "mean"},
+    "drop": {"mode": "drop"},
+    "mean": {"mode": "mean"},
+    "affine": {"mode": "affine"},
     "sliced": {"router": "sliced"},
+    "merged": {"mode": "msmoe"},
+    "merged, sliced": {"mode": "hcsmoe", "router": "sliced"},
+    "merged, summed": {"mode": "ptse", "router": "summed"},
     "all": {"kept_fraction": 1.0},
 }
 
@@ -36,7 +40,9 @@ def world(tmp_path_factory):
     site, base = tiny_site(root)
     worker._worker = Worker(site)
     worker.profile("math", root / "profile")
-    yield World(site, base, load_profile(root / "profile", base.digest))
+    worker.relate("math", root / "relations")
+    profile = load_profile(root / "profile", base.digest, root / "relations")
+    yield World(site, base, profile)
     worker._worker = None
 
 
