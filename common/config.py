@@ -145,6 +145,17 @@ class EvaluateSettings(Section):
     """Whether each device is also tuned alone with the full model, for recovered gain."""
 
 
+class Calibration(StrEnum):
+    """Whose public text the experts of a device are chosen by."""
+
+    MATCHED = "matched"
+    """The device's own domain."""
+    UNIFORM = "uniform"
+    """All domains alike."""
+    MISMATCHED = "mismatched"
+    """The domain that uses the experts most differently."""
+
+
 class Mode(Section):
     """One way to cut proxy submodels, as a row of the comparison."""
 
@@ -169,6 +180,7 @@ class CompareSettings(Section):
     single_devices: tuple[str, ...] = ()
     """Devices that are tuned alone, with every mode and kept fraction."""
     single_fractions: tuple[float, ...] = (0.25, 0.125)
+    calibrations: tuple[Calibration, ...] = (Calibration.MATCHED,)
     single_train: dict[str, TrainSettings] = Field(default_factory=dict)
     """How each of them is tuned."""
     federated_modes: tuple[Mode, ...] = ()

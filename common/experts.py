@@ -179,12 +179,16 @@ class _SegmentedLinear(torch.autograd.Function):
 
 def all_outputs(experts: nn.Module, hidden: Tensor) -> Tensor:
     """(S, T, D) outputs of every held expert on every token (T, D), before gating."""
-    down = experts.get_parameter("down_proj")
-    gates = hidden.new_ones(hidden.shape[0], 1)
-    slots = torch.zeros(hidden.shape[0], 1, dtype=torch.int64)
-    return torch.stack(
-        [_dispatch(experts, ExpertState(), hidden, slots + s, gates) for s in range(down.shape[0])]
-    )
+    gate_up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
+    if not experts.is_transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    inner = hidden @ gate_up
+    if experts.has_bias:
+        inner = inner + experts.get_parameter("gate_up_proj_bias")[:, None]
+    outputs: Tensor = experts._apply_gate(inner) @ down  # type: ignore[operator]
+    if experts.has_bias:
+        outputs = outputs + experts.get_parameter("down_proj_bias")[:, None]
+    return outputs
 
 
 def _dispatch(

@@ -119,6 +119,25 @@ def completion_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
+def completion_logits(model: nn.Module, batches: Iterable[Batch], max_tokens: int) -> Tensor:
+    """(N, V) fp32 logits at the first completion tokens of the batches, at most `max_tokens`."""
+    head, found, left = output_head(model), list[Tensor](), max_tokens
+    for batch in batches:
+        if left <= 0:
+            break
+        states = predicted_states(model, batch)
+        found.append(head.logits(states[batch.targets != IGNORED][:left]).float())
+        left -= found[-1].shape[0]
+    return torch.cat(found)
+
+
+def divergence(reference: Tensor, other: Tensor) -> float:
+    """Mean KL(reference ‖ other) in nats per token, of logits (N, V)."""
+    right, wrong = reference.log_softmax(-1), other.log_softmax(-1)
+    return float(F.kl_div(wrong, right, log_target=True, reduction="batchmean"))
+
+
+@torch.no_grad()
 def token_quality(model: nn.Module, batches: Iterable[Batch]) -> Quality:
     """Loss and next-token accuracy over all completion tokens of the batches."""
     head = output_head(model)

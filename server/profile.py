@@ -106,6 +106,18 @@ class Profile:
         found = {name: self.relations[name] for name in mixture}
         return mixed([(mixture[name] / total / n, r) for name, (r, n) in found.items()])
 
+    def farthest(self, domain: str) -> str:
+        """The domain whose energies are least like this one's: smallest cosine over all experts."""
+
+        def energies(name: str) -> Tensor:
+            return torch.cat([stats.energy for stats in self.domains[name].values()])
+
+        own = energies(domain)
+        alike = {
+            name: float(own @ (found := energies(name)) / found.norm()) for name in self.domains
+        }
+        return min(alike, key=lambda name: (alike[name], name))
+
     def uniform(self) -> dict[str, float]:
         """The mixture for a device of which nothing is known: every domain alike."""
         return dict.fromkeys(self.domains, 1.0)

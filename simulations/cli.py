@@ -55,7 +55,7 @@ def simulate(
     """Profiles the base model, cuts a proxy submodel per device, federates, and measures."""
     console = Console()
     try:
-        settings, folder = _open(experiment, resume, tuple(overrides or ()), runs)
+        settings, folder = open_run(experiment, resume, tuple(overrides or ()), runs)
     except ProxyMoEError as error:
         _fail(console, error)
     _log_to(folder / "run.log", console)
@@ -83,9 +83,14 @@ def main() -> None:
     app()
 
 
-def _open(
+def open_run(
     path: Path, resume: Path | None, overrides: tuple[str, ...], runs: Path
 ) -> tuple[Experiment, Path]:
+    """The experiment and the folder of a new run, or of the one to go on with.
+
+    Raises:
+        ConfigError: no such file or run, or settings that make no experiment.
+    """
     if resume is not None:
         if overrides:
             raise ConfigError("--set cannot change a run that has begun; start a new one")

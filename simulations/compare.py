@@ -9,13 +9,14 @@ import dataclasses
 import json
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from proxymoe.common.adapter import adapter_layout
-from proxymoe.common.config import Experiment, ExtractSettings, Mode, TrainSettings
+from proxymoe.common.config import Calibration, Experiment, ExtractSettings, Mode, TrainSettings
 from proxymoe.common.files import write_json
 from proxymoe.common.loss import Quality
 from proxymoe.common.plan import Plan
@@ -31,8 +32,9 @@ from proxymoe.simulations.site import Site
 from proxymoe.simulations.summing import Summing
 from proxymoe.simulations.world import Stage, World
 
-FULL: Cell = {"mode": "full", "router": None, "allocation": None, "kept_fraction": 1.0}
-LOCAL: Cell = {"mode": "local_only", "router": None, "allocation": None}
+UNCUT: Cell = {"router": None, "allocation": None, "calibration": None, "plan": None}
+FULL: Cell = UNCUT | {"mode": "full", "kept_fraction": 1.0}
+LOCAL: Cell = UNCUT | {"mode": "local_only"}
 
 
 def run_comparison(world: World, folder: Path, stage: Stage) -> dict[str, Any]:
@@ -90,11 +92,12 @@ def _settings(mode: Mode, fraction: float, extract: ExtractSettings) -> ExtractS
     return extract.model_copy(update={**dict(mode), "kept_fraction": fraction})
 
 
-def _labels(mode: Mode, fraction: float) -> Cell:
+def _labels(mode: Mode, fraction: float, calibration: Calibration = Calibration.MATCHED) -> Cell:
     return {
         "mode": mode.mode.value,
         "router": mode.router.value,
         "allocation": mode.allocation.value,
+        "calibration": calibration.value,
         "kept_fraction": fraction,
     }
 
@@ -104,14 +107,19 @@ def _single_cells(
 ) -> list[Cell]:
     experiment = world.site.experiment
     jobs: dict[str, tuple[Cell, str, Plan | None]] = {}
-    for name in experiment.compare.single_devices:
+    wanted = experiment.compare
+    for name in wanted.single_devices:
         jobs[f"{name}-full"] = (FULL | {"bytes": world.base.num_bytes}, name, None)
-        for fraction in experiment.compare.single_fractions:
-            for mode in experiment.compare.modes:
-                settings = _settings(mode, fraction, experiment.extract)
-                cut = world.cut(world.site.device(name), settings, experiment.seed)
-                key = f"{name}-{fraction}-{mode.name}"
-                jobs[key] = (_labels(mode, fraction) | {"bytes": cut.num_bytes}, name, cut.plan)
+    grid = product(wanted.calibrations, wanted.single_fractions, wanted.modes)
+    for (calibration, fraction, mode), name in product(grid, wanted.single_devices):
+        settings = _settings(mode, fraction, experiment.extract)
+        cut = world.cut(world.site.device(name), settings, experiment.seed, calibration)
+        key = "-".join([name, *_unless_matched(calibration), str(fraction), mode.name])
+        labels = _labels(mode, fraction, calibration) | {
+            "bytes": cut.num_bytes,
+            "plan": cut.plan.digest,
+        }
+        jobs[key] = (labels, name, cut.plan)
     pending = {}
     cells: list[Cell] = []
     for key, (labels, name, plan) in jobs.items():
@@ -129,17 +137,21 @@ def _single_cells(
     return cells
 
 
+def _unless_matched(calibration: Calibration) -> list[str]:
+    return [] if calibration is Calibration.MATCHED else [calibration.value]
+
+
 def single_cell(name: str, plan: Plan | None, train: TrainSettings, seed: int) -> Cell:
     """A worker's job: tune one device alone, then measure proxy alone, plugged, and forgetting."""
     tuned = worker.tune_locally(name, plan, None, train, seed)
     alone = None if plan is None else worker.evaluate(name, plan, tuned.vector)
     return _qualities(
         base=base_quality(name, "own"),
-        untuned=None if plan is None else worker.evaluate(name, plan, None),
         alone=alone,
         plugged=worker.evaluate(name, None, tuned.vector),
     ) | {
         "forgetting": public_forgetting(tuned.vector),
+        "kl": 0.0 if plan is None else worker.divergence_of(name, plan),
         "seconds": tuned.seconds,
         "peak_rss_mb": tuned.peak_rss_mb,
         "plugged_all": None,

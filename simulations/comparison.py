@@ -11,8 +11,9 @@ Cell = dict[str, Any]
 
 def mode_label(row: Cell) -> str:
     """A row's mode as tables and plots call it: what differs from the default follows it."""
-    usual = (None, "full", "global")
-    parts = [str(row["mode"]), *(row[k] for k in ("router", "allocation") if row[k] not in usual)]
+    usual = (None, "full", "global", "matched")
+    said = (row[key] for key in ("router", "allocation", "calibration"))
+    parts = [str(row["mode"]), *(word for word in said if word not in usual)]
     return " ".join(parts).replace("_", " ")
 
 
@@ -21,7 +22,7 @@ def comparison(cells: list[Cell]) -> list[dict[str, Any]]:
 
     Standard errors are those of the mean over seeds; they are null for a single seed.
     """
-    keys = ("setting", "kept_fraction", "mode", "router", "allocation")
+    keys = ("setting", "kept_fraction", "calibration", "mode", "router", "allocation")
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         groups.setdefault(tuple(cell[key] for key in keys), []).append(cell)
@@ -42,6 +43,7 @@ def _row(matched: list[tuple[Cell, Cell]]) -> dict[str, Any]:
         "proxy_alone_accuracy": lambda cell, _: cell["alone"] and cell["alone"]["accuracy"],
         "proxy_alone_loss": lambda cell, _: cell["alone"] and cell["alone"]["loss"],
         "forgetting": lambda cell, _: cell["forgetting"],
+        "kl": lambda cell, _: cell.get("kl"),
         "accuracy_all": lambda cell, _: cell["plugged_all"] and cell["plugged_all"]["accuracy"],
     }
     row: dict[str, Any] = {"stderr": {}}

@@ -166,6 +166,36 @@ def comparison(metrics: dict[str, Any]) -> Figure:
     return figure
 
 
+def write_extraction(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Draws the extraction benchmark: nats above full-model LoRA by kept fraction, per mode."""
+    means = [row for row in rows if row["device"] == "all" and row["kept_fraction"] < 1]
+    calibrations = list(dict.fromkeys(row["calibration"] for row in means))
+    width = 5.0 * len(calibrations)
+    figure, grid = plt.subplots(1, len(calibrations), figsize=(width, 4.5), squeeze=False)
+    for axes, calibration in zip(grid.flat, calibrations, strict=True):
+        mine = [row for row in means if row["calibration"] == calibration]
+        for label in dict.fromkeys(mode_label(row | {"calibration": None}) for row in mine):
+            line = [r for r in mine if mode_label(r | {"calibration": None}) == label]
+            line.sort(key=lambda row: row["kept_fraction"])
+            strong = {"linewidth": 2.5, "color": "black"} if line[0]["default"] else {}
+            fractions = [row["kept_fraction"] for row in line]
+            errors = [row["stderr"] or 0.0 for row in line]
+            gaps = [row["gap_nats"] for row in line]
+            axes.errorbar(fractions, gaps, errors, label=label, marker="o", capsize=2, **strong)
+        axes.axhline(0.0, color="black", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("share of experts kept")
+        axes.set_ylabel("nats above full-model LoRA")
+        axes.set_title(f"public text: {calibration}")
+        axes.spines[["top", "right"]].set_visible(False)
+    grid.flat[-1].legend(frameon=False, fontsize=7, loc="upper right")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
 def _canvas(width: float, height: float) -> tuple[Figure, Any]:
     figure, axes = plt.subplots(figsize=(width, height))
     axes.spines[["top", "right"]].set_visible(False)

@@ -26,7 +26,7 @@ from proxymoe.common.checkpoint import read_tensors
 from proxymoe.common.config import TrainSettings
 from proxymoe.common.errors import PlanError
 from proxymoe.common.experts import Redirect, expert_state
-from proxymoe.common.loss import Quality, token_quality
+from proxymoe.common.loss import Quality, completion_logits, divergence, token_quality
 from proxymoe.common.measure import peak_rss_mb
 from proxymoe.common.model import (
     NEURONS,
@@ -52,6 +52,9 @@ from proxymoe.simulations.site import (
     device_examples,
     public_examples,
 )
+
+DIVERGENCE_TOKENS = 1024
+"""Completion tokens that a divergence is the mean of, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +199,24 @@ def open_device(site: Site, name: str, plan: str) -> Device:
     return Device(name, loaded, site.layout.held_under(loaded.plan), examples)
 
 
+def peak(site: Site, name: str, plan: str | None, settings: TrainSettings) -> float:
+    """Peak memory in MB of a process of its own that tunes this plan's submodel, or the full model.
+
+    Args:
+        site: of the simulation.
+        name: of the device whose rows it tunes on.
+        plan: digest of the plan; None is the full model.
+        settings: of the tuning.
+    """
+    obey()
+    folder = site.full if plan is None else site.submodels / plan
+    loaded = load(folder, compute_dtype(settings.dtype))
+    layout = site.layout.held_under(loaded.plan)
+    rows = device_examples(site.device(name), "train", loaded.tokenizer, site.experiment).examples
+    tune(loaded, layout, layout.zeros(), rows, settings, np.random.default_rng(0))
+    return peak_rss_mb()
+
+
 def tune_locally(
     name: str, plan: Plan | None, begin: np.ndarray | None, settings: TrainSettings, seed: int
 ) -> LocalRun:
@@ -244,6 +265,20 @@ def evaluate(
         )
 
 
+def divergence_of(name: str, plan: Plan) -> float:
+    """KL(full model ‖ untuned submodel) in nats per token, on completions of the device's tests."""
+    loaded = here().mounted(plan)
+    batches = packed_batches(here().examples(name, "test"))
+    found = completion_logits(loaded.model, batches, DIVERGENCE_TOKENS)
+    return divergence(_reference_logits(name), found)
+
+
+@lru_cache(maxsize=2)
+def _reference_logits(name: str) -> torch.Tensor:
+    batches = packed_batches(here().examples(name, "test"))
+    return completion_logits(here().mounted(None).model, batches, DIVERGENCE_TOKENS)
+
+
 def public_loss(vector: np.ndarray | None, max_rows: int, max_tokens: int) -> dict[str, float]:
     """{public domain: loss} of the full model with an adapter; for canary and forgetting."""
     worker = here()
@@ -288,20 +323,3 @@ def _device(worker: Worker, name: str, plan: Plan, loaded: LoadedModel) -> Devic
         )
     layout = worker.site.layout.held_under(plan)
     return Device(name, loaded, layout, worker.examples(name, "train"))
-
-
-__all__ = [
-    "LocalRun",
-    "answer",
-    "answer_alone",
-    "canary_loss",
-    "evaluate",
-    "here",
-    "open_device",
-    "profile",
-    "public_loss",
-    "relate",
-    "row_counts",
-    "start",
-    "tune_locally",
-]

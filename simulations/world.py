@@ -14,7 +14,7 @@ import numpy as np
 
 from proxymoe.common.adapter import adapter_layout
 from proxymoe.common.checkpoint import WEIGHTS, write_tensors
-from proxymoe.common.config import Experiment, ExtractSettings, PlanMode
+from proxymoe.common.config import Calibration, Experiment, ExtractSettings, PlanMode
 from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.model import TABLES_FILE
 from proxymoe.server.base import BaseCheckpoint
@@ -37,10 +37,27 @@ class World:
     base: BaseCheckpoint
     profile: Profile
 
-    def cut(self, device: VirtualDevice, settings: ExtractSettings, seed: int) -> Extraction:
-        """The device's proxy submodel under these settings, materialised in the cache."""
+    def mixture(self, device: VirtualDevice, calibration: Calibration) -> dict[str, float]:
+        """The public text that a device's experts are chosen by.
+
+        A device whose domain has no public text goes by all of it.
+        """
         known = device.domain in self.profile.domains
-        mixture = {device.domain: 1.0} if known else self.profile.uniform()
+        if calibration is Calibration.UNIFORM or not known:
+            return self.profile.uniform()
+        if calibration is Calibration.MATCHED:
+            return {device.domain: 1.0}
+        return {self.profile.farthest(device.domain): 1.0}
+
+    def cut(
+        self,
+        device: VirtualDevice,
+        settings: ExtractSettings,
+        seed: int,
+        calibration: Calibration = Calibration.MATCHED,
+    ) -> Extraction:
+        """The device's proxy submodel under these settings, materialised in the cache."""
+        mixture = self.mixture(device, calibration)
         rng = np.random.default_rng([seed, *device.name.encode()])
         extraction = extract(self.base, self.profile, mixture, settings, rng)
         folder = self.site.submodels / extraction.plan.digest
