@@ -179,7 +179,8 @@ class _SegmentedLinear(torch.autograd.Function):
 
 def all_outputs(experts: nn.Module, hidden: Tensor) -> Tensor:
     """(S, T, D) outputs of every held expert on every token (T, D), before gating."""
-    gate_up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
+    gate_up: Tensor = experts.get_parameter("gate_up_proj")
+    down: Tensor = experts.get_parameter("down_proj")
     if not experts.is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     inner = hidden @ gate_up

@@ -57,6 +57,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Where to draw it (.svg, .png).")] = None,
 ) -> None:
     """Tunes every device on every submodel, plugs back, and tabulates."""
+    folder = resume or runs
     try:
         settings, folder = open_run(experiment, resume, tuple(overrides or ()), runs)
         settings = settings if instructions is None else with_tasks(settings, instructions)

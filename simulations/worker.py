@@ -200,14 +200,7 @@ def open_device(site: Site, name: str, plan: str) -> Device:
 
 
 def peak(site: Site, name: str, plan: str | None, settings: TrainSettings) -> float:
-    """Peak memory in MB of a process of its own that tunes this plan's submodel, or the full model.
-
-    Args:
-        site: of the simulation.
-        name: of the device whose rows it tunes on.
-        plan: digest of the plan; None is the full model.
-        settings: of the tuning.
-    """
+    """Peak memory in MB of a process of its own that tunes a plan's submodel, or the full model."""
     obey()
     folder = site.full if plan is None else site.submodels / plan
     loaded = load(folder, compute_dtype(settings.dtype))
