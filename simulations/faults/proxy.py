@@ -19,12 +19,17 @@ class FaultyProxy:
         target: the server's port on 127.0.0.1.
         cut_every: after so many bytes from the server, resets the connection they came over.
         corrupt_every: after so many bytes from the server, flips a bit of the next.
+        swallow_after: after so many bytes from the server, begins to swallow, once.
     """
 
     def __init__(
-        self, target: int, cut_every: int | None = None, corrupt_every: int | None = None
+        self,
+        target: int,
+        cut_every: int | None = None,
+        corrupt_every: int | None = None,
+        swallow_after: int | None = None,
     ) -> None:
-        self._target = target
+        self._target, self._swallow_after = target, swallow_after
         self._cut_every, self._corrupt_every = cut_every, corrupt_every
         self.num_bytes = 0
         """Bytes that the server has sent."""
@@ -99,6 +104,8 @@ class FaultyProxy:
             if _due(self._cut_every, before, self.num_bytes):
                 self.num_cuts += 1
                 content = b""
+            if self._swallow_after is not None and before < self._swallow_after <= self.num_bytes:
+                self.swallows.set()
         return content
 
 
