@@ -148,6 +148,15 @@ class AdapterLayout:
         parts = [vector[full.bounds[i] : full.bounds[i + 1]] for i, _, _ in self.positions_in(full)]
         return torch.cat(parts) if parts else vector[:0].clone()
 
+    def put_into(self, full: "AdapterLayout", vector: Tensor, own: Tensor) -> Tensor:
+        """A vector of the `full` layout with this layout's part replaced by `own`, (P,)."""
+        self.require(own)
+        full.require(vector)
+        result = vector.clone()
+        for block, start, stop in self.positions_in(full):
+            result[full.bounds[block] : full.bounds[block + 1]] = own[start:stop]
+        return result
+
 
 def adapter_layout(
     model: nn.Module, targets: tuple[Target, ...], rank: int, seed: int

@@ -162,6 +162,8 @@ class Mode(Section):
     mode: PlanMode
     router: RouterMode = RouterMode.FULL
     allocation: Allocation = Allocation.GLOBAL
+    healed: bool = False
+    """Whether the submodel is healed on public text first; then it is not training-free."""
 
     @property
     def name(self) -> str:
@@ -169,7 +171,17 @@ class Mode(Section):
         parts: list[str] = [self.mode]
         parts += [] if self.router is RouterMode.FULL else [self.router]
         parts += [] if self.allocation is Allocation.GLOBAL else [self.allocation]
+        parts += ["healed"] if self.healed else []
         return "-".join(parts)
+
+
+class HealSettings(Section):
+    """How a submodel is healed on public text of all domains; see `server/heal.py`."""
+
+    steps: int = Field(default=80, ge=1)
+    learning_rate: float = Field(default=5e-3, gt=0)
+    tokens: int = Field(default=512, ge=64)
+    """Of every public domain."""
 
 
 class CompareSettings(Section):
@@ -183,6 +195,7 @@ class CompareSettings(Section):
     calibrations: tuple[Calibration, ...] = (Calibration.MATCHED,)
     single_train: dict[str, TrainSettings] = Field(default_factory=dict)
     """How each of them is tuned."""
+    heal: HealSettings = HealSettings()
     federated_modes: tuple[Mode, ...] = ()
     federated_devices: tuple[str, ...] = ()
     """Devices that are federated, with these modes at the experiment's kept fraction."""

@@ -97,7 +97,7 @@ def measured(
     run(experiment, folder, cache, console, over_flower=False)
     cells: list[Cell] = json.loads((folder / "metrics.json").read_bytes())["cells"]
     peaks = peak_memory(experiment, cells, folder, cache) if memory else {}
-    default = {"mode": "drop", "router": "full", "allocation": "global"}
+    default = {"mode": "drop", "router": "full", "allocation": "global", "healed": False}
     return extraction_rows(cells, default, peaks)
 
 

@@ -26,13 +26,20 @@ from proxymoe.server.schedule import task_seed
 from proxymoe.simulations import worker
 from proxymoe.simulations.comparison import Cell, comparison
 from proxymoe.simulations.federate import federate, federation_of, pool_transports
+from proxymoe.simulations.healing import healing
 from proxymoe.simulations.pool import WorkerPool, result_of
 from proxymoe.simulations.run import environment, forgetting
 from proxymoe.simulations.site import Site
 from proxymoe.simulations.summing import Summing
 from proxymoe.simulations.world import Stage, World
 
-UNCUT: Cell = {"router": None, "allocation": None, "calibration": None, "plan": None}
+UNCUT: Cell = {
+    "router": None,
+    "allocation": None,
+    "calibration": None,
+    "healed": False,
+    "plan": None,
+}
 FULL: Cell = UNCUT | {"mode": "full", "kept_fraction": 1.0}
 LOCAL: Cell = UNCUT | {"mode": "local_only"}
 
@@ -89,7 +96,8 @@ def _seeded(world: World, seed: int) -> Site:
 
 
 def _settings(mode: Mode, fraction: float, extract: ExtractSettings) -> ExtractSettings:
-    return extract.model_copy(update={**dict(mode), "kept_fraction": fraction})
+    fields = mode.model_dump(exclude={"healed"})
+    return extract.model_copy(update={**fields, "kept_fraction": fraction})
 
 
 def _labels(mode: Mode, fraction: float, calibration: Calibration = Calibration.MATCHED) -> Cell:
@@ -98,6 +106,7 @@ def _labels(mode: Mode, fraction: float, calibration: Calibration = Calibration.
         "router": mode.router.value,
         "allocation": mode.allocation.value,
         "calibration": calibration.value,
+        "healed": mode.healed,
         "kept_fraction": fraction,
     }
 
@@ -127,7 +136,8 @@ def _single_cells(
             cells.append(done)
             continue
         train = experiment.compare.single_train.get(name, experiment.train)
-        call = (name, plan, train, task_seed(experiment.seed, 0, name))
+        seed = task_seed(experiment.seed, 0, name)
+        call = (name, plan, train, seed, bool(labels["healed"]))
         pending[key] = (labels, name, pool.submit(single_cell, *call))
     stage(len(cells), len(jobs))
     for key, (labels, name, future) in pending.items():
@@ -141,10 +151,15 @@ def _unless_matched(calibration: Calibration) -> list[str]:
     return [] if calibration is Calibration.MATCHED else [calibration.value]
 
 
-def single_cell(name: str, plan: Plan | None, train: TrainSettings, seed: int) -> Cell:
+def single_cell(
+    name: str, plan: Plan | None, train: TrainSettings, seed: int, healed: bool = False
+) -> Cell:
     """A worker's job: tune one device alone, then measure proxy alone, plugged, and forgetting."""
-    tuned = worker.tune_locally(name, plan, None, train, seed)
+    repair = healing(plan) if plan is not None and healed else None
+    tuned = worker.tune_locally(name, plan, repair, train, seed)
     alone = None if plan is None else worker.evaluate(name, plan, tuned.vector)
+    if repair is not None:  # stays where something is missing
+        tuned = dataclasses.replace(tuned, vector=tuned.vector - repair)
     return _qualities(
         base=base_quality(name, "own"),
         alone=alone,

@@ -14,6 +14,7 @@ def mode_label(row: Cell) -> str:
     usual = (None, "full", "global", "matched")
     said = (row[key] for key in ("router", "allocation", "calibration"))
     parts = [str(row["mode"]), *(word for word in said if word not in usual)]
+    parts += ["healed"] if row["healed"] else []
     return " ".join(parts).replace("_", " ")
 
 
@@ -22,7 +23,7 @@ def comparison(cells: list[Cell]) -> list[dict[str, Any]]:
 
     Standard errors are those of the mean over seeds; they are null for a single seed.
     """
-    keys = ("setting", "kept_fraction", "calibration", "mode", "router", "allocation")
+    keys = ("setting", "kept_fraction", "calibration", "mode", "router", "allocation", "healed")
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         groups.setdefault(tuple(cell[key] for key in keys), []).append(cell)

@@ -12,7 +12,7 @@ import numpy as np
 
 from proxymoe.simulations.comparison import Cell
 
-HOW = ("kept_fraction", "calibration", "mode", "router", "allocation")
+HOW = ("kept_fraction", "calibration", "mode", "router", "allocation", "healed")
 Key = tuple[Any, ...]
 """Values of HOW: one way to cut a submodel."""
 ALL = "all"

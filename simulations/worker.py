@@ -225,9 +225,7 @@ def tune_locally(
     held = layout.take_from(full, origin)
     rng = np.random.default_rng(seed)
     tuned = tune(loaded, layout, held, worker.examples(name, "train"), settings, rng)
-    result = origin.clone()
-    for block, begin_at, end_at in layout.positions_in(full):
-        result[full.bounds[block] : full.bounds[block + 1]] = tuned.vector[begin_at:end_at]
+    result = layout.put_into(full, origin, tuned.vector)
     if plan is not None and merges_adapters(plan, full):
         result = origin + worker.brought_home(plan, result - origin)
     return LocalRun(result.numpy(), time.monotonic() - started, peak_rss_mb())

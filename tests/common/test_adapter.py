@@ -70,10 +70,10 @@ def test_a_device_holds_trunk_blocks_and_those_of_its_kept_experts(case):
 def test_taking_a_part_and_putting_it_back_are_consistent(case):
     full, part, _ = case
     vector = torch.arange(1.0, full.size + 1)
-    taken, back = part.take_from(full, vector), torch.zeros(full.size)
-    for block, start, stop in part.positions_in(full):
+    taken = part.take_from(full, vector)
+    for block, start, _ in part.positions_in(full):
         assert full.blocks[block] == part.blocks[part.bounds.index(start)]
-        back[full.bounds[block] : full.bounds[block + 1]] = taken[start:stop]
+    back = part.put_into(full, full.zeros(), taken)
     assert taken.numel() == part.size == int((back != 0).sum())
     assert torch.equal(back[back != 0], vector[back != 0])
     assert torch.equal(part.take_from(full, back), taken)

@@ -115,9 +115,7 @@ def test_what_slots_learn_is_the_same_for_all_their_members(model, tmp_path):
     held = full.held_under(plan)
     assert merges_adapters(plan, full)
     learned = 0.1 * torch.randn(held.size, generator=torch.Generator().manual_seed(1))
-    spread = full.zeros()
-    for block, start, stop in held.positions_in(full):
-        spread[full.bounds[block] : full.bounds[block + 1]] = learned[start:stop]
+    spread = held.put_into(full, full.zeros(), learned)
     tables = tables_of(base)
     neurons = {at: tables[f"{at}.{NEURONS}"] for at in base.layers}
     home = returned_home(plan, full, spread, neurons, base.layers)
