@@ -120,6 +120,11 @@ def withheld(
     return RecordDict({RECORD: ConfigRecord({CONTENT: withhold(task, content)})})
 
 
+def enveloped(answer: RecordDict | Error, envelope: bytes | None) -> RecordDict | Error:
+    """What is sent: this envelope, or without one the answer as it is."""
+    return answer if envelope is None else RecordDict({RECORD: ConfigRecord({CONTENT: envelope})})
+
+
 def _content(message: Message) -> bytes:
     record = message.content.get(RECORD)
     content = record.get(CONTENT) if isinstance(record, ConfigRecord) else None

@@ -1,8 +1,9 @@
 """★ What stands between the wire and this device's app: nothing is answered or sent but past it.
 
 Before the app sees a message: the ticket of a job must be the coordinator's, for this very task
-and what this device holds; the owner must allow it; the machine must be free. Before an answer
-leaves: it must be of a kind that we know, an update within its bounds, and on record. A refusal
+and what this device holds, and so must the keys be that an update in the clear is sealed to; the
+owner must allow it; the machine must be free. Before an answer leaves: it must be of a kind that
+we know, an update within its bounds, sealed or under masks, and on record. A refusal
 sends one of a few fixed words; why, only the owner gets to read. No model code is imported here.
 """
 
@@ -18,10 +19,11 @@ from typing import Any
 
 import psutil
 
+from proxymoe.client.envelopes import Envelopes, offered
 from proxymoe.client.gates import Need, read_gates, this_machine
-from proxymoe.client.home import Home
-from proxymoe.client.outgoing import Asked, Job, Letter, entry_of
-from proxymoe.client.policy import MB, Usage, judge
+from proxymoe.client.home import EnrolmentRecord, Home
+from proxymoe.client.outgoing import Asked, Job, Letter, leaving
+from proxymoe.client.policy import MB, judge
 from proxymoe.client.requests import job_request, task_request
 from proxymoe.common.assignment import Assignment
 from proxymoe.common.errors import ProtocolError, ProxyMoEError
@@ -30,6 +32,7 @@ from proxymoe.common.messages import (
     DESCRIBE,
     LETTER,
     RECORD,
+    ROUND_KEYS,
     TICKET,
     TRAIN,
     Trained,
@@ -37,13 +40,16 @@ from proxymoe.common.messages import (
     TrainTask,
     decode,
 )
+from proxymoe.common.round_keys import Offer
 from proxymoe.common.tickets import Ticket, verify_ticket
 
 log = logging.getLogger(__name__)
 
-UNKNOWN, BAD_TICKET, BAD_POLICY, CLOSED, FAILED = "message", "ticket", "policy", "gate: ", "device"
-"""All the words that leave: of no known kind; no valid ticket; the owner does not allow it; a gate
-is closed, and its name; something is wrong on the device."""
+UNKNOWN, BAD_TICKET, BAD_KEYS = "message", "ticket", "round keys"
+BAD_POLICY, CLOSED, FAILED = "policy", "gate: ", "device"
+"""All the words that leave: of no known kind; no valid ticket; an update in the clear, and no valid
+keys to seal it to; the owner does not allow it; a gate is closed, and its name; something is wrong
+on the device."""
 MAX_LOG_BYTES = 1 << 20
 """Of refusals, after which the older ones give way."""
 LOAD_SECONDS = 60.0
@@ -79,6 +85,7 @@ class Guard:
         self._threads = threads
         self._clock, self._stopwatch = clock, stopwatch
         self._asked: Asked = None
+        self._envelopes = Envelopes(home.key.read_bytes)
         self._waiting: TrainTask | None = None
         """The masked task whose update waits here."""
         self._load, self._load_at = 0.0, stopwatch()
@@ -98,8 +105,10 @@ class Guard:
         return None
 
     @contextlib.contextmanager
-    def sending(self, message: Any, answer: Any) -> Iterator[None]:  # noqa: ARG002  see `Runner`
+    def sending(self, message: Any, answer: Any) -> Iterator[bytes | None]:  # noqa: ARG002  `Runner`
         """Surrounds the sending of an answer, an error included: on record before, confirmed after.
+
+        It yields the envelope that is sent in the place of the answer; None sends that as it is.
 
         Raises:
             ProtocolError, Diverged, DataError: nothing that may leave; or the ledger, or the time
@@ -107,12 +116,13 @@ class Guard:
         """
         asked, self._asked = self._asked, None
         with self._noted():
-            entry, reply = entry_of(answer, asked, self._home.enrolled().coordinator)
+            receiver = self._home.enrolled().coordinator
+            found = leaving(answer, asked, receiver, self._envelopes.sealed)
             if isinstance(asked, Job):
-                self._count(asked, reply)
-                self._waiting = asked.task if isinstance(reply, Trained) else self._waiting
-        with self._home.ledger().sending(entry):
-            yield
+                self._count(asked, found.reply)
+                self._waiting = asked.task if isinstance(found.reply, Trained) else self._waiting
+        with self._home.ledger().sending(found.entry):
+            yield found.envelope
 
     def _let_in(self, message: Any) -> Asked:
         """What a message that may be answered wants; None if it is but a description."""
@@ -129,8 +139,10 @@ class Guard:
             content, ticket = self._ticketed(message, assignment, record.public_key, now)
             request = replace(request, cohort_size=ticket.cohort_size, network_bytes=len(content))
             if kind == TRAIN:
-                asked = self._job_in(content, ticket, used)
-                request = task_request(request, asked.task, used)
+                task = self._task_in(content, ticket)
+                offer = None if task.masked else self._offered(message, task, record, now)
+                asked = Job(task, len(content), self._stopwatch(), used.exposure, offer)
+                request = task_request(request, task, offer, used)
             else:
                 asked = Letter(ticket, len(content), self._waiting, used.exposure)
                 # The work is done; whether the update may go into a sum, its terms will tell.
@@ -169,15 +181,24 @@ class Guard:
             raise _Refused(BAD_TICKET, str(error)) from error
         return content, ticket
 
-    def _job_in(self, content: bytes, ticket: Ticket, used: Usage) -> Job:
-        """The job that the coordinator wants done."""
+    def _task_in(self, content: bytes, ticket: Ticket) -> TrainTask:
+        """The task that the coordinator wants done."""
         try:
             task, _ = decode(content)
         except ProtocolError as error:
             raise _Refused(BAD_TICKET, str(error)) from error
         if not isinstance(task, TrainTask) or (task.run, task.round) != (ticket.run, ticket.round):
             raise _Refused(BAD_TICKET, "a ticket for the task of another round")
-        return Job(task, len(content), self._stopwatch(), used.exposure)
+        return task
+
+    def _offered(
+        self, message: Any, task: TrainTask, record: EnrolmentRecord, now: float
+    ) -> Offer:
+        """The keys to which the answer to a task in the clear is sealed."""
+        try:
+            return offered(message.content[RECORD].get(ROUND_KEYS), record.public_key, now, task)
+        except ProtocolError as error:
+            raise _Refused(BAD_KEYS, str(error)) from error
 
     def _count(self, job: Job, reply: Trained | TrainReply | None) -> None:
         """Counts the time that a job took, and its memory, whatever became of it."""

@@ -1,10 +1,12 @@
 """What may leave a device, and what its ledger says of that.
 
 The last look at every answer: it must be of a kind that we know, and fit what was asked; an update
-must be within its bounds, and one of a masked task stays here. No model code is imported here.
+must be within its bounds, and one of a masked task stays here. What else answers a task leaves
+sealed for the round. No model code is imported here.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from proxymoe.common.messages import (
     address_of,
     decode,
 )
+from proxymoe.common.round_keys import Offer
 from proxymoe.common.tickets import Ticket
 
 ROUNDING = 1.0 + 1e-5
@@ -40,6 +43,8 @@ class Job(NamedTuple):
     began: float
     exposure: float
     """Σ z⁻² of all that was sent before, see `Noise.cost`."""
+    offer: Offer | None
+    """What the answer is sealed to; None for a masked task, which needs no envelope."""
 
 
 class Letter(NamedTuple):
@@ -56,35 +61,49 @@ Asked = Job | Letter | None
 """What is being answered; None is for a description."""
 
 
-def entry_of(answer: Any, asked: Asked, receiver: str) -> tuple[Entry, Trained | TrainReply | None]:
-    """What an answer is, for the ledger, and what it says of a job.
+class Leaving(NamedTuple):
+    """An answer that may leave."""
+
+    entry: Entry
+    """What the ledger says of it."""
+    reply: Trained | TrainReply | None = None
+    """What it says of a job."""
+    envelope: bytes | None = None
+    """What is sent in its place; None sends it as it is."""
+
+
+Seal = Callable[[TrainTask, Offer, bytes], bytes]
+"""Puts the answer to a task into an envelope."""
+
+
+def leaving(answer: Any, asked: Asked, receiver: str, seal: Seal) -> Leaving:
+    """An answer as it leaves.
 
     Args:
         answer: a Flower record, or an error.
         asked: what it answers.
         receiver: who gets it.
+        seal: see `Seal`; asked only when nothing speaks against it.
 
     Raises:
         ProtocolError, Diverged: it must not leave.
     """
     if hasattr(answer, "reason"):  # an error
-        return _entry(Kind.REFUSAL, receiver, f"{answer.reason or ''}".encode()), None
+        return Leaving(_entry(Kind.REFUSAL, receiver, f"{answer.reason or ''}".encode()))
     record = dict(answer.get(RECORD) or {}) if set(answer) == {RECORD} else {}
     content = record.get(CONTENT)
     if set(record) == {CONTENT} and isinstance(content, bytes) and asked:
         if isinstance(asked, Letter):
-            return _letter_entry(receiver, content, asked), None
-        return _job_entry(receiver, content, asked)
+            return Leaving(_letter_entry(receiver, content, asked))
+        return _of_job(receiver, content, asked, seal)
     try:
         described = Description.model_validate(record).model_dump()
     except ValidationError:
         raise ProtocolError("an answer of no known kind; it stays here") from None
-    return _entry(Kind.DESCRIPTION, receiver, canonical_json(described)), None
+    return Leaving(_entry(Kind.DESCRIPTION, receiver, canonical_json(described)))
 
 
-def _job_entry(
-    receiver: str, content: bytes, job: Job
-) -> tuple[Entry, Trained | TrainReply | None]:
+def _of_job(receiver: str, content: bytes, job: Job, seal: Seal) -> Leaving:
     reply, vector = decode(content)
     if isinstance(reply, TrainTask) or address_of(reply) != address_of(job.task):
         raise ProtocolError("an answer to another task; it stays here")
@@ -94,14 +113,22 @@ def _job_entry(
         "fetched_bytes": job.num_bytes,
     }
     if isinstance(reply, Refusal):
-        return _entry(Kind.REFUSAL, receiver, content, **about), None
-    if isinstance(reply, Trained) != job.task.masked or (vector.size and job.task.masked):
+        kind = Kind.REFUSAL
+    elif isinstance(reply, Trained) != job.task.masked or (vector.size and job.task.masked):
         raise ProtocolError("an update in the clear, or none, against the task; it stays here")
-    if isinstance(reply, Trained):
-        return _entry(Kind.NOTICE, receiver, content, **about), reply
-    _require_bounded(vector, job.task.clip_norm)
-    about |= _price(job.task, job.exposure)
-    return _entry(Kind.UPDATE, receiver, content, **about), reply
+    elif isinstance(reply, Trained):
+        kind = Kind.NOTICE
+    else:
+        kind = Kind.UPDATE
+        _require_bounded(vector, job.task.clip_norm)
+        about |= _price(job.task, job.exposure)
+    told = None if isinstance(reply, Refusal) else reply
+    if job.task.masked:
+        return Leaving(_entry(kind, receiver, content, **about), told)
+    if job.offer is None:
+        raise ProtocolError("an answer in the clear without round keys to seal it; it stays here")
+    envelope = seal(job.task, job.offer, content)
+    return Leaving(_entry(kind, receiver, envelope, **about), told, envelope)
 
 
 def _letter_entry(receiver: str, content: bytes, asked: Letter) -> Entry:

@@ -110,6 +110,9 @@ class Privacy(_Rules):
     masks_required: bool = False
     """Whether updates are sent under masks only, so that the coordinator sees none but their sum;
     without, it may also ask for them in the clear."""
+    hybrid_required: bool = False
+    """Whether an update in the clear is sealed with ML-KEM-768 beside X25519 or stays here; an
+    OpenSSL below 3.5, on either side, cannot. Under masks there is no envelope."""
     noise_required: bool = False
     """Whether updates are sent only under a stated epsilon; without, they are only clipped."""
     largest_epsilon: float = Field(default=8.0, ge=0)
@@ -168,6 +171,8 @@ class Request:
     delta: float = 1.0
     masked: bool = False
     """Whether the update is summed under masks."""
+    hybrid: bool = False
+    """Whether the envelope of an update in the clear holds out against a quantum computer."""
     mixture: bool = False
     """Whether the device shall describe its data as a domain mixture."""
 
@@ -245,6 +250,9 @@ def _broken_promises(policy: Policy, request: Request) -> Iterator[Objection]:
         yield Objection("privacy.mixture_may_leave", "a domain mixture", "none")
     if request.steps and privacy.masks_required and not request.masked:
         yield Objection("privacy.masks_required", "an update in the clear", "under masks only")
+    if request.steps and privacy.hybrid_required and not (request.masked or request.hybrid):
+        asked = "an update in the clear, sealed with X25519 only"
+        yield Objection("privacy.hybrid_required", asked, "with ML-KEM-768, too")
     if request.steps and privacy.noise_required and request.epsilon == math.inf:
         yield Objection("privacy.noise_required", "an update without noise", "with noise only")
 

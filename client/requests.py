@@ -6,6 +6,7 @@ from proxymoe.client.policy import Request, Usage
 from proxymoe.common.assignment import Assignment
 from proxymoe.common.messages import TrainTask
 from proxymoe.common.privacy_settings import Noise
+from proxymoe.common.round_keys import HYBRID, Offer, best_suite
 
 
 def job_request(assignment: Assignment, coordinator: str, peak_bytes: int, used: Usage) -> Request:
@@ -18,18 +19,20 @@ def job_request(assignment: Assignment, coordinator: str, peak_bytes: int, used:
         cohort_size=assignment.cohort_size,
         clip_norm=assignment.clip_norm,
         masked=assignment.masked,
+        hybrid=True,  # as far as anybody knows: round keys come with tasks
     )
     return _with_noise(request, assignment.noise, used)
 
 
-def task_request(request: Request, task: TrainTask, used: Usage) -> Request:
-    """The request of a job, as this task has it."""
+def task_request(request: Request, task: TrainTask, offer: Offer | None, used: Usage) -> Request:
+    """The request of a job, as this task has it; its answer is sealed to the offer, if any."""
     asked = replace(
         request,
         network_bytes=2 * request.network_bytes,  # it came, and an update is as long
         steps=task.train.steps,
         clip_norm=task.clip_norm,
         masked=task.masked,
+        hybrid=offer is not None and best_suite(offer) == HYBRID,
     )
     return _with_noise(asked, task.noise, used)
 

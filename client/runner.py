@@ -33,8 +33,11 @@ IDLE_SECONDS = 30.0
 
 Check = Callable[[Message], str | None]
 """Why a message must not be answered, in words that may leave the device; None if it may be."""
-Sending = Callable[[Message, RecordDict | Error], contextlib.AbstractContextManager[object]]
-"""Surrounds the sending of an answer to a message; what it raises keeps the answer here."""
+Sending = Callable[
+    [Message, RecordDict | Error], contextlib.AbstractContextManager[RecordDict | Error]
+]
+"""Surrounds the sending of an answer to a message, and yields what is sent; what it raises keeps
+the answer here."""
 Instead = Callable[[Message, RecordDict | Error], RecordDict | Error]
 """What is sent in the place of an answer to a message; what it raises keeps the answer here."""
 LoadApp = Callable[[], ClientApp]
@@ -68,7 +71,7 @@ class Runner:
         secret: bytes,
         load: LoadApp,
         check: Check,
-        sending: Sending = lambda *_: contextlib.nullcontext(),
+        sending: Sending = lambda _, answer: contextlib.nullcontext(answer),
         idle_seconds: float = IDLE_SECONDS,
         light: Container[str] = (),
         instead: Instead = lambda _, answer: answer,
@@ -143,7 +146,7 @@ class Runner:
         with contextlib.ExitStack() as stack:
             try:
                 answer = self._instead(task.asked, answer)
-                stack.enter_context(self._sending(task.asked, answer))
+                answer = stack.enter_context(self._sending(task.asked, answer))
             except Exception:
                 log.exception("an answer cannot be put on record, so it is not sent")
                 answer, context = Error(FAILED, "the device cannot send now"), None

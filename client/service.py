@@ -145,7 +145,7 @@ def run(home: "Home", address: str, *, once: bool) -> None:
     Raises:
         ConfigError: not enrolled, nothing assigned, or the SuperNode has another secret.
     """
-    from proxymoe.client.app import withheld
+    from proxymoe.client.app import enveloped, withheld
     from proxymoe.client.guard import Guard
     from proxymoe.client.runner import Runner
     from proxymoe.common.messages import DESCRIBE, LETTER
@@ -162,9 +162,9 @@ def run(home: "Home", address: str, *, once: bool) -> None:
     last = assignment.rounds if once else None
 
     @contextlib.contextmanager
-    def sending(message: Any, answer: Any) -> Iterator[None]:
-        with guard.sending(message, answer):
-            yield
+    def sending(message: Any, answer: Any) -> Iterator[Any]:
+        with guard.sending(message, answer) as envelope:
+            yield enveloped(answer, envelope)
         if (seconds := _seconds_left(home, message, answer, last)) is not None:
             timer = threading.Timer(seconds, stop.set)
             timer.daemon = True

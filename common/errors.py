@@ -10,6 +10,7 @@ ProxyMoEError
 ├── LayoutMismatch       an adapter or update does not fit the layout it is used with
 ├── IntegrityError       bytes do not match the digest they were promised under
 ├── ProtocolError        a message is malformed, oversized or belongs to another round
+│   └── Equivocation     a device signed two different messages for one place
 ├── Unsummed             too few devices were left for a masked sum; no update was seen
 ├── PrivacySpent         another release would cost a device more epsilon than was promised
 └── Diverged             local training stopped; nothing was sent
@@ -56,6 +57,10 @@ class IntegrityError(ProxyMoEError):
 
 class ProtocolError(ProxyMoEError):
     """A message that must be refused."""
+
+
+class Equivocation(ProtocolError):
+    """Two different messages for one place, both signed by the same device."""
 
 
 class Unsummed(ProxyMoEError):

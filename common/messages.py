@@ -21,9 +21,10 @@ MAX_VECTOR_BYTES = 1 << 30
 DESCRIBE, TRAIN, LETTER = "query.describe", "train.adapter", "query.letter"
 """What a device is asked for, as category and action: to describe itself, to answer a task, and to
 answer a letter of secure aggregation."""
-RECORD, CONTENT, TICKET = "proxymoe", "content", "ticket"
-"""Where a Flower message carries ours: the name of its one record, the field of the bytes, and
-the field of the job ticket that lets a device believe them."""
+RECORD, CONTENT, TICKET, ROUND_KEYS = "proxymoe", "content", "ticket", "round_keys"
+"""Where a Flower message carries ours: the name of its one record, the field of the bytes, the
+field of the job ticket that lets a device believe them, and the field of the keys that it seals
+its answer to, if that is to be in the clear."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]

@@ -18,7 +18,16 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from pydantic import ValidationError
 
-from proxymoe.common.messages import CONTENT, DESCRIBE, LETTER, RECORD, TICKET, TRAIN, Description
+from proxymoe.common.messages import (
+    CONTENT,
+    DESCRIBE,
+    LETTER,
+    RECORD,
+    ROUND_KEYS,
+    TICKET,
+    TRAIN,
+    Description,
+)
 from proxymoe.server.round import Answer, Transport
 
 log = logging.getLogger(__name__)
@@ -42,6 +51,7 @@ class GridTransport:
         pause: waits between two polls; it may raise, which ends the waiting.
         is_device: whether a node, by id, was admitted as the device whose name it gives.
         ticket_of: the job ticket that goes with a device's task; None sends none.
+        round_keys: the keys, signed, that go with a training task; None sends none.
     """
 
     def __init__(
@@ -53,10 +63,11 @@ class GridTransport:
         pause: Callable[[float], None] = time.sleep,
         is_device: Callable[[int, str], bool] = lambda *_: True,
         ticket_of: Callable[[str, bytes], bytes] | None = None,
+        round_keys: Callable[[], bytes] | None = None,
     ) -> None:
         self._grid = grid
         self._is_device = is_device
-        self._ticket_of = ticket_of
+        self._ticket_of, self._round_keys = ticket_of, round_keys
         self._num_devices = num_devices
         self._gather_seconds = gather_seconds
         self._reply_seconds = reply_seconds
@@ -130,6 +141,8 @@ class GridTransport:
         record = ConfigRecord({CONTENT: task})
         if self._ticket_of is not None:
             record[TICKET] = self._ticket_of(name, task)
+        if self._round_keys is not None and kind == TRAIN:
+            record[ROUND_KEYS] = self._round_keys()
         return self._push(self._nodes[name], kind, record, self._reply_seconds)
 
     def _meet(self, node: int, record: ConfigRecord) -> None:

@@ -17,7 +17,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from proxymoe.common.errors import ConfigError, PrivacySpent, ProtocolError, Unsummed
+from proxymoe.common.errors import ConfigError, Equivocation, PrivacySpent, ProtocolError, Unsummed
 from proxymoe.common.files import digest_of
 from proxymoe.common.messages import decode
 from proxymoe.server.aggregate import Summation
@@ -86,6 +86,7 @@ class RoundEngine:
         clock: seconds on a clock that nobody sets.
         pause: waits for that many seconds; it may raise, which ends the run where it stands.
         passed: told of every phase that has become durable.
+        opened: what a device says in a reply to a round; it may be in an envelope.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class RoundEngine:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
         passed: Callable[[Round], None] = lambda _: None,
+        opened: Callable[[int, str, bytes], bytes] = lambda *reply: reply[-1],
     ) -> None:
         if federation.settings.canary_every != 1:
             raise ConfigError(
@@ -107,6 +109,7 @@ class RoundEngine:
         self._federation, self._store, self._transport = federation, store, transport
         self._summation_of, self._rules = summation_of, rules
         self._clock, self._pause, self._passed = clock, pause, passed
+        self._opened = opened
 
     def run(self) -> FederationState:
         """Runs to the last round and returns the state after it."""
@@ -115,6 +118,7 @@ class RoundEngine:
             now.phase.over and now.number >= rounds
         ):
             self.step(now)
+        self._store.forget(now.number)
         return self._store.state(rounds + 1, self._store.current())
 
     def step(self, now: Round | None) -> None:
@@ -141,6 +145,7 @@ class RoundEngine:
     def receive(self, now: Round, name: str, content: bytes) -> Receipt:
         """Judges a reply that came while a round was on, and makes an accepted one durable."""
         try:
+            content = self._opened(now.number, name, content)
             header, vector = decode(content)
             digest = digest_of(vector.tobytes())
             kept = self._store.updates(header.round).get(name)
@@ -157,6 +162,8 @@ class RoundEngine:
                 require_trained(self._federation, now.number, name, content)
             else:
                 accept(self._federation, now.number, name, content)
+        except Equivocation as error:
+            return self._refuse(now, name, Receipt.CONFLICT, str(error))
         except ProtocolError as error:
             return self._refuse(now, name, Receipt.REFUSED, str(error))
         self._store.keep_update(now.number, name, content, digest, time.time())

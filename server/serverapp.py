@@ -28,6 +28,7 @@ from proxymoe.server.aggregate import Summation
 from proxymoe.server.app import GridTransport
 from proxymoe.server.devices import Devices
 from proxymoe.server.engine import RoundEngine
+from proxymoe.server.envelopes import Envelopes
 from proxymoe.server.flower import COORDINATOR
 from proxymoe.server.lock import held
 from proxymoe.server.masked_round import MaskedRound, MaskRules
@@ -65,6 +66,7 @@ def run_rounds(run: RunDirectory, grid: Grid) -> None:
     with contextlib.closing(run.store(planner.layout.size)) as store:
         rules = settings.round_rules
         asked = settings.federation.cohort_size
+        envelopes = sealing(run, federation, store, devices)
         transport = GridTransport(
             grid,
             num_devices=lambda: rules.needed(asked or len(federation.members)),
@@ -72,12 +74,17 @@ def run_rounds(run: RunDirectory, grid: Grid) -> None:
             reply_seconds=settings.rules.deadline_seconds,
             is_device=admission(devices, grid.get_nodes),
             ticket_of=ticketing(run, federation, store),
+            round_keys=None if federation.masked else envelopes.offer,
         )
         if federation.masked:
             summation_of = masking(run, federation, store, devices, transport)
+            RoundEngine(federation, store, transport, summation_of, rules).run()
         else:
             summation_of = summations(settings, federation, store)
-        RoundEngine(federation, store, transport, summation_of, rules).run()
+            passed, opened = envelopes.passed, envelopes.opened
+            RoundEngine(
+                federation, store, transport, summation_of, rules, passed=passed, opened=opened
+            ).run()
 
 
 def masking(
@@ -108,6 +115,18 @@ def masking(
         return MaskedRound(federation, number, rules, letters, keys, begin, account)
 
     return summation_of
+
+
+def sealing(
+    run: RunDirectory,
+    federation: Federation,
+    store: RoundStore,
+    devices: Devices,
+    clock: Callable[[], float] = time.time,
+) -> Envelopes:
+    """The envelopes of rounds in the clear. `clock` gives unix seconds."""
+    seconds = run.settings.round_rules.deadline_seconds + 1
+    return Envelopes(federation, store, run.signing_key, seconds, devices.public_keys, clock)
 
 
 def _nothing(number: int, attempt: int, devices: Iterable[str]) -> None:

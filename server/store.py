@@ -196,7 +196,7 @@ class RoundStore:
         return self._update_path(number, device).read_bytes()
 
     def begin_attempt(self, number: int, devices: Sequence[str], time: float) -> int:
-        """The number of a new attempt at the masked sum of a round; none is ever given twice."""
+        """The number of a new attempt, at a masked sum or at collecting; none is given twice."""
         (last,) = self.database.execute(
             "SELECT max(attempt) FROM attempts WHERE number = ?", (number,)
         ).fetchone()

@@ -34,6 +34,7 @@ from proxymoe.common.messages import (
 )
 from proxymoe.common.privacy import Mode
 from proxymoe.common.privacy_settings import Noise
+from proxymoe.common.round_keys import RoundKeys
 from proxymoe.common.tickets import Ticket, issue_ticket
 from tests.assigner import SIGNING, easy_policy, enrolled_home, set_policy
 
@@ -110,15 +111,19 @@ def ticket_bytes(content: bytes, key=SIGNING, **changes) -> bytes:
     return issue_ticket(Ticket(**{**fields, **changes}), key)
 
 
+ROUND = RoundKeys.new("run", 3, 0, NOW, NOW + 600)
+
+
 def message(kind=TRAIN, **fields):
     """What the guard looks at of a Flower message, which has to be made in a run."""
     content = RecordDict({RECORD: ConfigRecord(fields)}) if fields else RecordDict()
     return SimpleNamespace(metadata=SimpleNamespace(message_type=kind), content=content)
 
 
-def training(task=None, ticket=None):
+def training(task=None, ticket=None, keys=ROUND.signed(SIGNING)):
     task = task or task_bytes()
-    return message(content=task, ticket=ticket or ticket_bytes(task))
+    fields = {"content": task, "ticket": ticket or ticket_bytes(task), "round_keys": keys}
+    return message(**{name: value for name, value in fields.items() if value is not None})
 
 
 def reply_bytes(vector=VECTOR, **changes) -> bytes:
@@ -271,7 +276,8 @@ def test_time_that_is_used_up_is_used_up_until_tomorrow(guard, home, clock, tmp_
     task = task_bytes()
     now = int(clock())
     fresh = ticket_bytes(task, issued=now, expires=now + 60)
-    assert guard.check(training(task, fresh)) is None
+    keys = RoundKeys.new("run", 3, 1, clock(), clock() + 60).signed(SIGNING)
+    assert guard.check(training(task, fresh, keys)) is None
 
 
 def test_the_load_of_our_own_job_is_not_held_against_the_next(guard, home, tmp_path, monkeypatch):
@@ -321,15 +327,14 @@ def test_a_log_that_cannot_be_written_changes_no_answer(guard, home):
 def test_an_update_is_on_record_before_it_leaves_and_confirmed_after(guard, home):
     task = task_bytes()
     assert guard.check(training(task)) is None
-    reply = reply_bytes()
-    with guard.sending(training(task), answer(content=reply)):
+    with guard.sending(training(task), answer(content=reply_bytes())) as envelope:
         ((entry, confirmed),) = entries(home)
         assert not confirmed
     ((entry, confirmed),) = entries(home)
     assert confirmed
     assert entry.kind is Kind.UPDATE
     assert entry.receiver == home.enrolled().coordinator
-    assert (entry.num_bytes, entry.digest) == (len(reply), digest_of(reply))
+    assert (entry.num_bytes, entry.digest) == (len(envelope), digest_of(envelope))
     assert (entry.run, entry.round, entry.clip_norm) == ("run", 3, 1.0)
     assert entry.fetched_bytes == len(task)
     assert home.usage(NOW).seconds == 30.0
@@ -345,17 +350,17 @@ def test_what_could_not_be_sent_is_not_confirmed(guard, home):
 
 def test_descriptions_refusals_and_errors_are_on_record_too(guard, home):
     guard.check(message(DESCRIBE))
-    with guard.sending(message(DESCRIBE), answer(device="kitchen", plan=PLAN)):
-        pass
+    with guard.sending(message(DESCRIBE), answer(device="kitchen", plan=PLAN)) as in_its_place:
+        assert in_its_place is None
     guard.check(training())
     refusal = encode(Refusal(**ADDRESS, reason="data"))
-    with guard.sending(training(), answer(content=refusal)):
-        pass
+    with guard.sending(training(), answer(content=refusal)) as envelope:
+        assert refusal not in envelope
     with guard.sending(training(), Error(6, "gate: battery")):
         pass
     found = [entry for entry, _ in entries(home)]
     assert [entry.kind for entry in found] == [Kind.DESCRIPTION, Kind.REFUSAL, Kind.REFUSAL]
-    assert found[1].digest == digest_of(refusal)
+    assert found[1].digest == digest_of(envelope)
     assert (found[2].num_bytes, found[2].digest) == (13, digest_of(b"gate: battery"))
 
 

@@ -31,6 +31,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 
 from proxymoe.client import node, runner, service
 from proxymoe.client import supernode as supernode_api
+from proxymoe.client.app import enveloped
 from proxymoe.client.entries import Kind
 from proxymoe.client.guard import Guard
 from proxymoe.client.inventory import describe
@@ -434,8 +435,14 @@ def test_a_device_says_who_it_is_past_the_guard_and_on_record(supernode, fast, h
 
     monkeypatch.setenv(service.HOME, str(home.path))
     guard = Guard(home)
+
+    @contextlib.contextmanager
+    def sending(message, answer):
+        with guard.sending(message, answer) as envelope:
+            yield enveloped(answer, envelope)
+
     a_runner = Runner(
-        supernode.address, SECRET, service.load, guard.check, guard.sending, light={DESCRIBE}
+        supernode.address, SECRET, service.load, guard.check, sending, light={DESCRIBE}
     )
     with running(a_runner):
         assert dict(told().content[RECORD]) == describe(home).model_dump()

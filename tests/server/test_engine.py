@@ -275,7 +275,7 @@ def test_vectors_of_a_round_that_is_over_are_deleted_and_digests_stay(tmp_path):
     federation = small_federation(rounds=3)
     engine_of(tmp_path, federation).run()
     store = RoundStore(tmp_path, federation.run, SIZE)
-    assert [path.name for path in (tmp_path / "updates").iterdir()] == ["000003"]
+    assert list((tmp_path / "updates").iterdir()) == []
     assert all(len(store.updates(number)) == 3 for number in (1, 2, 3))
 
 
