@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import time
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -12,13 +13,14 @@ from flwr.app import ConfigRecord, Error, RecordDict
 from proxymoe.client import guard as module
 from proxymoe.client.entries import Kind
 from proxymoe.client.guard import Guard
+from proxymoe.client.outgoing import Job, leaving
 from proxymoe.client.policy import Coordinator, Privacy, Resources, Training, When
-from proxymoe.common import letters
+from proxymoe.common import letters, round_keys
 from proxymoe.common.assignment import Assignment, Blob, issue_assignment
 from proxymoe.common.config import AdapterSettings, TrainSettings
 from proxymoe.common.errors import Diverged, IntegrityError, ProtocolError
 from proxymoe.common.files import digest_of
-from proxymoe.common.identity import new_signing_key
+from proxymoe.common.identity import new_signing_key, public_key
 from proxymoe.common.messages import (
     CONTENT,
     DESCRIBE,
@@ -30,11 +32,13 @@ from proxymoe.common.messages import (
     Trained,
     TrainReply,
     TrainTask,
+    decode,
     encode,
 )
 from proxymoe.common.privacy import Mode
 from proxymoe.common.privacy_settings import Noise
 from proxymoe.common.round_keys import RoundKeys
+from proxymoe.common.sealing import open_envelope
 from proxymoe.common.tickets import Ticket, issue_ticket
 from tests.assigner import SIGNING, easy_policy, enrolled_home, set_policy
 
@@ -112,6 +116,7 @@ def ticket_bytes(content: bytes, key=SIGNING, **changes) -> bytes:
 
 
 ROUND = RoundKeys.new("run", 3, 0, NOW, NOW + 600)
+OFFER = ROUND.signed(SIGNING)
 
 
 def message(kind=TRAIN, **fields):
@@ -120,7 +125,7 @@ def message(kind=TRAIN, **fields):
     return SimpleNamespace(metadata=SimpleNamespace(message_type=kind), content=content)
 
 
-def training(task=None, ticket=None, keys=ROUND.signed(SIGNING)):
+def training(task=None, ticket=None, keys=OFFER):
     task = task or task_bytes()
     fields = {"content": task, "ticket": ticket or ticket_bytes(task), "round_keys": keys}
     return message(**{name: value for name, value in fields.items() if value is not None})
@@ -591,3 +596,88 @@ def test_a_masked_update_of_no_known_task_stays(guard, home):
     ):
         raise AssertionError("it was let out")
     assert entries(home) == []
+
+
+# Envelopes
+
+
+def opened(envelope, home, keys=ROUND):
+    """What the coordinator gets."""
+    address = {"device": "kitchen", "base": BASE, "plan": PLAN, "mode": "plain"}
+    return open_envelope(envelope, keys, public_key(home.key.read_bytes()), NOW, **address).content
+
+
+def test_an_update_in_the_clear_leaves_in_an_envelope_that_the_round_opens(guard, home):
+    guard.check(training())
+    with guard.sending(training(), answer(content=reply_bytes())) as envelope:
+        assert opened(envelope, home) == reply_bytes()
+        assert VECTOR.tobytes() not in envelope
+
+
+def test_the_same_update_asked_for_again_is_in_the_same_envelope(guard, home):
+    def sent(reply, keys=OFFER):
+        assert guard.check(training(keys=keys)) is None
+        with guard.sending(training(), answer(content=reply)) as envelope:
+            return envelope
+
+    first = sent(reply_bytes())
+    assert sent(reply_bytes(seconds=31.0)) == first
+    again = RoundKeys.new("run", 3, 1, NOW, NOW + 600)
+    second = sent(reply_bytes(), again.signed(SIGNING))
+    assert opened(second, home, again) == reply_bytes()
+    assert opened(sent(reply_bytes(-VECTOR)), home) == reply_bytes(-VECTOR)
+
+
+def offer_bytes(run="run", number=3, since=-1, until=600, key=SIGNING):
+    return RoundKeys.new(run, number, 0, NOW + since, NOW + until).signed(key)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        (None, "none came with a task in the clear.*the coordinator must be updated"),
+        ("text", "none came with a task in the clear"),
+        (b"", "not signed by the pinned coordinator; nothing was sealed"),
+        (OFFER[:-1], "not signed by the pinned coordinator"),
+        (OFFER[:64] + OFFER[64:].replace(b'"attempt":0', b'"attempt":1'), "not signed by"),
+        (offer_bytes(key=new_signing_key()), "not signed by the pinned coordinator"),
+        (ticket_bytes(task_bytes()), "not signed by the pinned coordinator"),
+        (offer_bytes(run="other"), "of another task"),
+        (offer_bytes(number=2), "for round 2 of another task, not 3"),
+        (offer_bytes(since=-990, until=-400), "the round is over, or the clock is wrong"),
+        (offer_bytes(since=400, until=990), "or the clock is wrong"),
+    ],
+)
+def test_without_round_keys_of_the_coordinator_nothing_is_trained(guard, home, keys, reason):
+    assert guard.check(training(keys=keys)) == "round keys"
+    assert re.search(reason, refusals(home)[-1]["reason"])
+    with pytest.raises(ProtocolError), guard.sending(training(), answer(content=reply_bytes())):
+        raise AssertionError("it was let out")
+
+
+def test_round_keys_of_no_suite_that_is_here_are_refused_before_the_work(guard, home, monkeypatch):
+    monkeypatch.setattr(round_keys, "offered", lambda: (9,))
+    assert guard.check(training()) == "round keys"
+    assert "suites [1, 2], and here are (9,)" in refusals(home)[-1]["reason"]
+
+
+def test_a_masked_task_needs_no_round_keys(guard):
+    assert guard.check(training(task_bytes(masked=True), keys=None)) is None
+
+
+def test_an_owner_may_want_the_hybrid_suite(guard, home, tmp_path):
+    wanted = Privacy(smallest_cohort=2, hybrid_required=True)
+    set_policy(home, easy_policy(tmp_path, privacy=wanted))
+    assert guard.check(message(DESCRIBE)) is None
+    assert guard.check(training(task_bytes(masked=True), keys=None)) is None
+    assert guard.check(training()) is None
+    classical = RoundKeys.new("run", 3, 0, NOW, NOW + 600, suites=[1])
+    assert guard.check(training(keys=classical.signed(SIGNING))) == "policy"
+    assert "sealed with X25519 only" in refusals(home)[-1]["reason"]
+
+
+def test_an_answer_in_the_clear_is_never_let_out_as_it_is():
+    task, _ = decode(task_bytes())
+    job = Job(task, 10, 0.0, 0.0, offer=None)
+    with pytest.raises(ProtocolError, match="without round keys to seal it; it stays here"):
+        leaving(answer(content=reply_bytes()), job, "c:1", lambda *_: b"")

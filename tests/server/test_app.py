@@ -6,7 +6,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from proxymoe.common.messages import CONTENT, DESCRIBE, LETTER, RECORD, TRAIN
+from proxymoe.common.messages import CONTENT, DESCRIBE, LETTER, RECORD, ROUND_KEYS, TRAIN
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.app import GridTransport, server_app
 from proxymoe.server.journal import initial_state
@@ -228,3 +228,19 @@ def test_letters_go_where_letters_are_answered():
     assert answers(link.exchange_letters({"a": b"letter"})) == {"a": b"answer to letter"}
     assert answers(link.exchange({"a": b"task"})) == {"a": b"answer to task"}
     assert kinds == [LETTER, TRAIN]
+
+
+def test_round_keys_go_with_tasks_and_with_nothing_else():
+    carried = []
+
+    def react(message):
+        carried.append((message.metadata.message_type, message.content[RECORD].get(ROUND_KEYS)))
+        return reply_with(message, **{CONTENT: b"answer"})
+
+    grid = LocalGrid({11: at_training("a", react)})
+    link = GridTransport(grid, lambda: 1, 5.0, 5.0, round_keys=lambda: b"signed")
+    link.devices()
+    list(link.exchange_letters({"a": b"letter"}))
+    list(link.exchange({"a": b"task"}))
+    assert carried == [(LETTER, None), (TRAIN, b"signed")]
+    assert ROUND_KEYS not in grid.sent[0].content[RECORD]

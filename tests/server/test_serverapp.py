@@ -1,20 +1,37 @@
-"""What the ServerApp adds to the round engine: who a node is, and a ticket for every task."""
+"""What the ServerApp adds to the engine: who a node is, tickets for tasks, opened envelopes."""
 
+import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 
+from proxymoe.client.app import enveloped
+from proxymoe.client.entries import Kind
+from proxymoe.client.guard import Guard
 from proxymoe.common import identity
+from proxymoe.common.assignment import Assignment, Blob, issue_assignment
 from proxymoe.common.certificates import sign_device, signing_request
+from proxymoe.common.config import AdapterSettings
+from proxymoe.common.files import digest_of
 from proxymoe.common.identity import key_digest, verifying_key
-from proxymoe.common.messages import decode
+from proxymoe.common.keys_at_rest import write_key
+from proxymoe.common.messages import CONTENT, DESCRIBE, RECORD, decode
+from proxymoe.common.sealing import MAGIC
 from proxymoe.common.tickets import verify_ticket
+from proxymoe.server.app import GridTransport
 from proxymoe.server.devices import Devices
+from proxymoe.server.engine import RoundEngine, Rules
 from proxymoe.server.round import tasks_of
-from proxymoe.server.serverapp import admission, ticketing
-from proxymoe.server.store import Phase
-from proxymoe.simulations.faults.cohort import small_federation
+from proxymoe.server.serverapp import admission, sealing, ticketing
+from proxymoe.server.store import Phase, RoundStore
+from proxymoe.simulations.faults.cohort import InMemory, honest, plain, small_federation
+from tests.assigner import SIGNING, easy_policy, enrolled_home
+from tests.clock import Clock
+from tests.grid import LocalGrid
 from tests.runs import run_directory
 
 NOW = time.time()
@@ -100,3 +117,130 @@ def test_every_task_has_a_ticket_that_its_device_accepts(run, store):
         assert (ticket.run, ticket.round) == (header.run, 1)
         assert ticket.cohort_size == 2  # half of three, rounded up
         assert ticket.expires - ticket.issued >= run.settings.rules.deadline_seconds
+
+
+# Rounds in the clear, past the guards of real devices
+
+
+class Guarded:
+    """A node that answers as a device does: past its guard, and with what that lets out."""
+
+    def __init__(self, home):
+        self.home, self._guard = home, Guard(home)
+
+    def __call__(self, message):
+        if (word := self._guard.check(message)) is not None:
+            answer = Error(6, word)
+        elif message.metadata.message_type == DESCRIBE:
+            answer = RecordDict({RECORD: ConfigRecord(describe(self.home))})
+        else:
+            reply = honest(message.content[RECORD][CONTENT])
+            answer = RecordDict({RECORD: ConfigRecord({CONTENT: reply})})
+        with self._guard.sending(message, answer) as envelope:
+            return Message(enveloped(answer, envelope), reply_to=message)
+
+
+def describe(home):
+    assignment = home.assignment()
+    return {"device": assignment.device, "plan": assignment.plan}
+
+
+def home_of(folder, name):
+    """The home of a device of the federation, with its plan assigned."""
+    home, member = enrolled_home(folder, easy_policy(folder), device=name), FEDERATION.members[name]
+    assignment = Assignment(
+        run=FEDERATION.run,
+        device=name,
+        base=FEDERATION.base,
+        plan=member.plan.digest,
+        layout=member.layout.digest,
+        adapter=AdapterSettings(rank=2),
+        adapter_seed=0,
+        manifest=Blob(digest="d" * 64, num_bytes=10),
+        model_bytes=1000,
+        memory_bytes=1000,
+        train=FEDERATION.train,
+        clip_norm=FEDERATION.settings.clip_norm,
+        cohort_size=2,
+        rounds=FEDERATION.settings.rounds,
+    )
+    home.keep_assignment(issue_assignment(assignment, SIGNING))
+    return home
+
+
+@pytest.fixture
+def clear(run, store, tmp_path):
+    """Devices of real homes on a grid, and what runs their rounds; `sealed` may be False."""
+    write_key(run.signing_key_file, SIGNING)
+    homes = {name: home_of(tmp_path / name, name) for name in "abc"}
+    devices = Devices(run.devices_db)
+    for name, home in homes.items():
+        request = signing_request(name, home.key.read_bytes())
+        certificate = sign_device(run.authority, name, request, NOW)
+        devices.invite(name, "0" * 64, NOW + 60)
+        assert devices.claim(name, certificate.key)
+        devices.admit(certificate)
+    grid = LocalGrid({20 + at: Guarded(home) for at, home in enumerate(homes.values())})
+
+    def engine(*, sealed=True):
+        mail, tickets = sealing(run, FEDERATION, store, devices), ticketing(run, FEDERATION, store)
+        link = GridTransport(
+            grid,
+            lambda: 3,
+            5.0,
+            5.0,
+            lambda _: None,
+            ticket_of=tickets,
+            round_keys=mail.offer if sealed else None,
+        )
+        clock = Clock()
+        return RoundEngine(
+            FEDERATION,
+            store,
+            link,
+            plain(FEDERATION),
+            replace(run.settings.round_rules, quorum=1.0, deadline_seconds=30.0),
+            clock=clock,
+            pause=clock.wait,
+            passed=mail.passed,
+            opened=mail.opened,
+        )
+
+    return engine, grid, homes
+
+
+def test_rounds_past_guards_and_in_envelopes_end_in_the_bits_of_rounds_in_process(
+    clear, store, tmp_path
+):
+    engine, grid, homes = clear
+    answers = []
+    for number, node in grid.nodes.items():
+        grid.nodes[number] = lambda message, node=node: answers.append(node(message)) or answers[-1]
+    found = engine().run()
+    plainly = RoundStore(tmp_path / "plain", FEDERATION.run, FEDERATION.layout.size)
+    expected = RoundEngine(FEDERATION, plainly, InMemory(), plain(FEDERATION), Rules()).run()
+    assert torch.equal(found.adapter, expected.adapter)
+    assert store.updates(4) == plainly.updates(4)
+    sent = [a.content[RECORD][CONTENT] for a in answers if CONTENT in a.content[RECORD]]
+    assert len(sent) == 12
+    for home in homes.values():
+        entries = [record.entry for record in home.ledger().newest()]
+        assert [entry.kind for entry in entries] == [*[Kind.UPDATE] * 4, Kind.DESCRIPTION]
+        assert {entry.digest for entry in entries[:4]} <= {digest_of(content) for content in sent}
+    assert all(content.startswith(MAGIC) for content in sent)
+
+
+def test_a_coordinator_without_round_keys_gets_no_update_and_the_owner_reads_why(clear, store):
+    engine, _, homes = clear
+    running = engine(sealed=False)
+    while (now := store.latest()) is None or not now.phase.over:
+        running.step(now)
+    assert now.phase is Phase.ABANDONED
+    for home in homes.values():
+        assert {record.entry.kind for record in home.ledger().newest()} == {
+            Kind.DESCRIPTION,
+            Kind.REFUSAL,
+        }
+        (line, *_) = map(json.loads, home.refusals.read_text().splitlines())
+        assert line["word"] == "round keys"
+        assert "the coordinator must be updated" in line["reason"]
