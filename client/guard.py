@@ -191,9 +191,7 @@ class Guard:
             raise _Refused(BAD_TICKET, "a ticket for the task of another round")
         return task
 
-    def _offered(
-        self, message: Any, task: TrainTask, record: EnrolmentRecord, now: float
-    ) -> Offer:
+    def _offered(self, message: Any, task: TrainTask, record: EnrolmentRecord, now: float) -> Offer:
         """The keys to which the answer to a task in the clear is sealed."""
         try:
             return offered(message.content[RECORD].get(ROUND_KEYS), record.public_key, now, task)

@@ -16,6 +16,7 @@ from proxymoe.common.messages import TrainReply, TrainTask, Vector, decode, enco
 from proxymoe.common.plan import LayerPlan, Plan
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.round import Answer, Federation, Member
+from proxymoe.server.store import Round, RoundStore
 
 BASE = "ab" * 32
 NUM_EXPERTS = 4
@@ -125,5 +126,25 @@ class InMemory:
         for name in self._names:
             answer = self._answers.get(name, honest)
             if name in tasks and answer is not None:
-                yield name, answer(tasks[name])
+                yield name, self.sent(tasks[name], answer(tasks[name]))
         yield from self._extra(tasks)
+
+    def sent(self, task: bytes, content: bytes) -> bytes:  # noqa: ARG002  others look at the task
+        """An answer to a task, as its device sends it: here as it is."""
+        return content
+
+    def opened(self, number: int, name: str, content: bytes) -> bytes:  # noqa: ARG002
+        """What a device says in a reply to a round; `RoundEngine` is to be told of it."""
+        return content
+
+    def passed(self, now: Round) -> None:
+        """Told of every phase, by `RoundEngine`."""
+
+
+def in_memory(federation: Federation, store: RoundStore) -> InMemory:  # noqa: ARG001  see `Devices`
+    """All devices of a federation, honest and without envelopes."""
+    return InMemory("".join(federation.members))
+
+
+DevicesOf = Callable[[Federation, RoundStore], InMemory]
+"""Makes the devices of a federation whose rounds are in this store."""

@@ -3,6 +3,7 @@
 from proxymoe.simulations.faults import (
     clocks,
     device,
+    envelopes,
     messages,
     rounds,
     stack,
@@ -13,6 +14,7 @@ from proxymoe.simulations.faults import (
 SCENARIOS = (
     *rounds.SCENARIOS,
     *messages.SCENARIOS,
+    *envelopes.SCENARIOS,
     *device.SCENARIOS,
     *tuning.SCENARIOS,
     *transfer.SCENARIOS,

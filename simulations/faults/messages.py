@@ -15,7 +15,7 @@ from proxymoe.common.messages import Refusal, decode, encode
 from proxymoe.server.engine import Receipt, RoundEngine, Rules
 from proxymoe.server.round import Answer
 from proxymoe.server.store import Phase, Round, RoundStore
-from proxymoe.simulations.faults.cohort import honest, plain
+from proxymoe.simulations.faults.cohort import DevicesOf, InMemory, honest, in_memory, plain
 from proxymoe.simulations.faults.law import Law, other
 from proxymoe.simulations.faults.report import Ground, Scenario
 from proxymoe.simulations.faults.rounds import federation_of, undisturbed
@@ -49,10 +49,16 @@ class Sight:
     name: str
     task: bytes
     reply: bytes
-    """The honest one."""
+    """The honest one, as it is sent."""
     before: tuple[str, bytes] | None
     """The device that was struck in the round before, and its honest reply then."""
     rng: np.random.Generator
+    devices: InMemory
+    """Who send it."""
+
+    def sent(self, content: bytes) -> bytes:
+        """Another answer of this device, as it would be sent."""
+        return self.devices.sent(self.task, content)
 
 
 Delivered = tuple[str, bytes, Receipt]
@@ -73,10 +79,10 @@ class Fault:
 class Faulty:
     """A transport under which a fault strikes one device per round, by turns."""
 
-    def __init__(self, fault: Fault, rng: np.random.Generator) -> None:
+    def __init__(self, fault: Fault, rng: np.random.Generator, devices: InMemory) -> None:
         self.due: list[Receipt] = []
         """For all replies that were delivered."""
-        self._fault, self._rng = fault, rng
+        self._fault, self._rng, self._devices = fault, rng, devices
         self._struck: dict[int, tuple[str, bytes]] = {}
         """By round; what is lost is asked for again."""
 
@@ -88,12 +94,13 @@ class Faulty:
         """See `server.round.Transport`."""
         number = decode(next(iter(tasks.values())))[0].round
         struck = sorted(tasks)[number % len(tasks)]
-        reply = honest(tasks[struck])
-        sight = Sight(struck, tasks[struck], reply, self._struck.get(number - 1), self._rng)
+        sent = {name: self._devices.sent(task, honest(task)) for name, task in tasks.items()}
+        reply, before = sent[struck], self._struck.get(number - 1)
+        sight = Sight(struck, tasks[struck], reply, before, self._rng, self._devices)
         self._struck[number] = struck, reply
         # Never in the order of names, in which the engine adds.
         others = [] if self._fault.alone else sorted(tasks.keys() - {struck}, reverse=True)
-        honestly = [(name, honest(tasks[name]), ACCEPTED) for name in others]
+        honestly = [(name, sent[name], ACCEPTED) for name in others]
         for name, content, receipt in [*self._fault.deliver(sight), *honestly]:
             self.due.append(receipt)
             yield name, content
@@ -110,17 +117,27 @@ class WatchedEngine(RoundEngine):
         return receipt
 
 
-def strike(faults: Sequence[Fault], ground: Ground) -> Iterator[str]:
+def strike(
+    faults: Sequence[Fault], ground: Ground, devices_of: DevicesOf = in_memory
+) -> Iterator[str]:
     """A run for each fault, which strikes in every round; judged after each of them."""
     expected = undisturbed(ground.folder())
     for fault in faults:
         federation, folder = federation_of(), ground.folder()
-        law, transport = Law(federation, folder), Faulty(fault, ground.rng)
         store = RoundStore(folder, federation.run, federation.layout.size)
-        summation = plain(federation)
+        devices = devices_of(federation, store)
+        law, transport = Law(federation, folder), Faulty(fault, ground.rng, devices)
         clock = Clock()
         engine = WatchedEngine(
-            federation, store, transport, summation, RULES, clock=clock, pause=clock.wait
+            federation,
+            store,
+            transport,
+            plain(federation),
+            RULES,
+            clock=clock,
+            pause=clock.wait,
+            passed=devices.passed,
+            opened=devices.opened,
         )
         engine.receipts = []
         end = Phase.ABANDONED if fault.alone else Phase.COMMITTED
@@ -145,19 +162,19 @@ def rounds_of(engine: RoundEngine, store: RoundStore, rounds: int) -> Iterator[R
             yield after
 
 
-def _instead(change: Callable[[Sight], bytes]) -> Fault:
+def instead(change: Callable[[Sight], bytes]) -> Fault:
     """Another content comes in place of the reply, and must be refused."""
     return Fault(lambda sight: [(sight.name, change(sight), REFUSED)])
 
 
 def _saying(**header: Any) -> Fault:
     """The reply says something else in its header, and must be refused."""
-    return _instead(lambda sight: honest(sight.task, **header))
+    return instead(lambda sight: honest(sight.task, **header))
 
 
 def _sending(change: Callable[[Any], Any]) -> Fault:
     """The reply carries another vector, and must be refused."""
-    return _instead(lambda sight: honest(sight.task, change))
+    return instead(lambda sight: honest(sight.task, change))
 
 
 def _late(sight: Sight) -> list[Delivered]:
@@ -172,7 +189,7 @@ def _again(sight: Sight) -> list[Delivered]:
     return [own, (*again, Receipt.DUPLICATE)]
 
 
-def _impostor(sight: Sight) -> list[Delivered]:
+def impostor(sight: Sight) -> list[Delivered]:
     """The reply comes in another device's name first, which ends the wait for that one."""
     stolen = "a" if sight.name != "a" else "b"
     return [(stolen, sight.reply, REFUSED), (sight.name, sight.reply, ACCEPTED)]
@@ -191,7 +208,7 @@ def _refusal(sight: Sight) -> bytes:
     return encode(Refusal(**address, reason="mismatch"))
 
 
-def _twice(receipt: Receipt, second: Callable[[Sight], bytes]) -> Fault:
+def twice(receipt: Receipt, second: Callable[[Sight], bytes]) -> Fault:
     """The honest reply comes, and then another one."""
     return Fault(
         lambda sight: [(sight.name, sight.reply, ACCEPTED), (sight.name, second(sight), receipt)],
@@ -213,14 +230,14 @@ SCENARIOS = (
     _scenario(
         "duplicated, at once or a round later",
         "acknowledged, counted once",
-        _twice(Receipt.DUPLICATE, lambda sight: sight.reply),
-        _twice(Receipt.DUPLICATE, lambda sight: honest(sight.task, seconds=9.0)),
+        twice(Receipt.DUPLICATE, lambda sight: sight.reply),
+        twice(Receipt.DUPLICATE, lambda sight: honest(sight.task, seconds=9.0)),
         Fault(_again, lossless=True),
     ),
     _scenario(
         "two different replies of one device",
         "the second refused and on record",
-        _twice(Receipt.CONFLICT, lambda sight: other(sight.task)),
+        twice(Receipt.CONFLICT, lambda sight: other(sight.task)),
     ),
     _scenario(
         "reordered",
@@ -240,11 +257,11 @@ SCENARIOS = (
     _scenario(
         "truncated, oversized or no reply at all",
         "refused",
-        _instead(lambda sight: sight.reply[:-6]),
-        _instead(lambda sight: sight.reply[: len(sight.reply) // 2]),
-        _instead(lambda _: b""),
-        _instead(lambda sight: sight.rng.bytes(300)),
-        _instead(lambda sight: sight.task),
+        instead(lambda sight: sight.reply[:-6]),
+        instead(lambda sight: sight.reply[: len(sight.reply) // 2]),
+        instead(lambda _: b""),
+        instead(lambda sight: sight.rng.bytes(300)),
+        instead(lambda sight: sight.task),
         _sending(lambda update: update[:-1]),
         _sending(lambda update: np.tile(update, 1000)),
     ),
@@ -256,12 +273,12 @@ SCENARIOS = (
         _sending(lambda update: update * np.float32(3.0)),
     ),
     _scenario(
-        "device with another base model refuses", "round goes on without it", _instead(_refusal)
+        "device with another base model refuses", "round goes on without it", instead(_refusal)
     ),
     _scenario(
         "under a stolen name, or by a stranger",
         "refused, honest one counts",
-        Fault(_impostor),
+        Fault(impostor),
         Fault(_stranger, lossless=True),
     ),
 )

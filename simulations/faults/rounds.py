@@ -13,7 +13,7 @@ from proxymoe.server.engine import RoundEngine, Rules
 from proxymoe.server.round import FederationState
 from proxymoe.server.store import Round, RoundStore
 from proxymoe.simulations.faults.children import Child, Tell, steps_of
-from proxymoe.simulations.faults.cohort import InMemory, plain, small_federation
+from proxymoe.simulations.faults.cohort import DevicesOf, in_memory, plain, small_federation
 from proxymoe.simulations.faults.law import Law
 from proxymoe.simulations.faults.report import Ground, Scenario
 
@@ -28,19 +28,23 @@ federation_of = partial(small_federation, rounds=4, strategy="fedadam", momentum
 """With a memory in the strategy, so that a round that counts twice shows in every later one."""
 
 
-def coordinate(tell: Tell, folder: Path, last: int = 0) -> None:
+def coordinate(tell: Tell, folder: Path, last: int = 0, devices_of: DevicesOf = in_memory) -> None:
     """A coordinator's life: runs the rounds that are left, and dies at the announcement `last`."""
     federation, count = federation_of(), 0
+    store = RoundStore(folder, federation.run, federation.layout.size)
+    devices = devices_of(federation, store)
 
-    def passed(_: Round) -> None:
+    def passed(now: Round) -> None:
         nonlocal count
+        devices.passed(now)
         count += 1
         if count == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    store = RoundStore(folder, federation.run, federation.layout.size)
-    summation = plain(federation)
-    engine = RoundEngine(federation, store, InMemory(), summation, Rules(quorum=1.0), passed=passed)
+    summation, rules = plain(federation), Rules(quorum=1.0)
+    engine = RoundEngine(
+        federation, store, devices, summation, rules, passed=passed, opened=devices.opened
+    )
     tell("running")
     engine.run()
     store.close()
@@ -56,15 +60,15 @@ def undisturbed(folder: Path) -> FederationState:
     return state
 
 
-def killed_at_transitions(ground: Ground) -> Iterator[str]:
+def killed_at_transitions(ground: Ground, devices_of: DevicesOf = in_memory) -> Iterator[str]:
     """One run per transition, killed as soon as it is durable, then continued."""
     expected = undisturbed(ground.folder())
     for last in range(1, federation_of().settings.rounds * PHASES + 1):
         folder = ground.folder()
         law = Law(federation_of(), folder)
-        missed = not Child(coordinate, folder, last).was_killed()
+        missed = not Child(coordinate, folder, last, devices_of).was_killed()
         complaint = f"transition {last} never came" if missed else law.broken()
-        yield complaint or _continued(folder, law, expected)
+        yield complaint or _continued(folder, law, expected, devices_of)
 
 
 def killed_in_writes(ground: Ground) -> Iterator[str]:
@@ -103,9 +107,11 @@ def killed_at_random(ground: Ground) -> Iterator[str]:
             yield complaint
 
 
-def _continued(folder: Path, law: Law, expected: FederationState) -> str:
+def _continued(
+    folder: Path, law: Law, expected: FederationState, devices_of: DevicesOf = in_memory
+) -> str:
     """Runs what is left in this process, and compares."""
-    coordinate(lambda _: None, folder)
+    coordinate(lambda _: None, folder, devices_of=devices_of)
     return law.unfinished(expected)
 
 

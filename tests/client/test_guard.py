@@ -603,8 +603,10 @@ def test_a_masked_update_of_no_known_task_stays(guard, home):
 
 def opened(envelope, home, keys=ROUND):
     """What the coordinator gets."""
-    address = {"device": "kitchen", "base": BASE, "plan": PLAN, "mode": "plain"}
-    return open_envelope(envelope, keys, public_key(home.key.read_bytes()), NOW, **address).content
+    key = public_key(home.key.read_bytes())
+    return open_envelope(
+        envelope, keys, key, NOW, device="kitchen", base=BASE, plan=PLAN, mode="plain"
+    ).content
 
 
 def test_an_update_in_the_clear_leaves_in_an_envelope_that_the_round_opens(guard, home):
@@ -678,6 +680,7 @@ def test_an_owner_may_want_the_hybrid_suite(guard, home, tmp_path):
 
 def test_an_answer_in_the_clear_is_never_let_out_as_it_is():
     task, _ = decode(task_bytes())
+    assert isinstance(task, TrainTask)
     job = Job(task, 10, 0.0, 0.0, offer=None)
     with pytest.raises(ProtocolError, match="without round keys to seal it; it stays here"):
         leaving(answer(content=reply_bytes()), job, "c:1", lambda *_: b"")

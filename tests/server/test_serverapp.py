@@ -129,6 +129,7 @@ class Guarded:
         self.home, self._guard = home, Guard(home)
 
     def __call__(self, message):
+        answer: RecordDict | Error
         if (word := self._guard.check(message)) is not None:
             answer = Error(6, word)
         elif message.metadata.message_type == DESCRIBE:
@@ -214,8 +215,15 @@ def test_rounds_past_guards_and_in_envelopes_end_in_the_bits_of_rounds_in_proces
 ):
     engine, grid, homes = clear
     answers = []
-    for number, node in grid.nodes.items():
-        grid.nodes[number] = lambda message, node=node: answers.append(node(message)) or answers[-1]
+
+    def noted(node):
+        def answer(message):
+            answers.append(node(message))
+            return answers[-1]
+
+        return answer
+
+    grid.nodes = {number: noted(node) for number, node in grid.nodes.items()}
     found = engine().run()
     plainly = RoundStore(tmp_path / "plain", FEDERATION.run, FEDERATION.layout.size)
     expected = RoundEngine(FEDERATION, plainly, InMemory(), plain(FEDERATION), Rules()).run()

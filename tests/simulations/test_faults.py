@@ -13,11 +13,11 @@ from proxymoe.server.engine import RoundEngine, Rules
 from proxymoe.server.store import RoundStore
 from proxymoe.simulations.faults import cli
 from proxymoe.simulations.faults.children import Child, steps_of
-from proxymoe.simulations.faults.cohort import InMemory
+from proxymoe.simulations.faults.cohort import InMemory, honest
 from proxymoe.simulations.faults.device import keep_book
 from proxymoe.simulations.faults.law import Law
 from proxymoe.simulations.faults.matrix import SCENARIOS
-from proxymoe.simulations.faults.messages import Fault, strike
+from proxymoe.simulations.faults.messages import Fault, instead, strike
 from proxymoe.simulations.faults.report import (
     Ground,
     Scenario,
@@ -27,6 +27,7 @@ from proxymoe.simulations.faults.report import (
     table_of,
 )
 from proxymoe.simulations.faults.rounds import coordinate, federation_of, undisturbed
+from proxymoe.simulations.faults.sealed import SealingDevices
 
 
 @pytest.fixture
@@ -99,6 +100,12 @@ def test_a_fault_strikes_in_every_round_and_a_wrong_receipt_is_seen(ground):
     assert list(strike([Fault(lambda _: [])], ground)) == [""] * 4
     hoped = Fault(lambda sight: [(sight.name, b"", "accepted")])  # type: ignore[list-item]
     assert all("receipts" in complaint for complaint in strike([hoped], ground))
+
+
+def test_envelopes_are_struck_too(ground):
+    in_the_clear = instead(lambda sight: honest(sight.task))
+    assert list(strike([in_the_clear], ground, SealingDevices)) == [""] * 4
+    assert all("receipts" in complaint for complaint in strike([in_the_clear], ground))
 
 
 def scenario(*verdicts, error=None):
