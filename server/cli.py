@@ -27,6 +27,7 @@ from proxymoe.server.lock import is_held  # noqa: E402
 from proxymoe.server.run_directory import RunDirectory  # noqa: E402
 from proxymoe.server.serve import supervised  # noqa: E402
 from proxymoe.server.status import rounds, serve_lock, status  # noqa: E402
+from proxymoe.server.upcycle_cli import upcycle  # noqa: E402
 
 INTERRUPTED = 130
 HOUR = 3600.0
@@ -312,6 +313,8 @@ def _told() -> Iterator[None]:
         console.print("[yellow]interrupted[/]")
         raise typer.Exit(INTERRUPTED) from None
 
+
+app.command()(_told()(upcycle))
 
 if __name__ == "__main__":
     main()
