@@ -46,12 +46,11 @@ def upcycle(
     examples = disk.public_text(text, opened.tokenizer, tokens)
     with Progress(console=console) as bar:
         task = bar.add_task("layers", total=None)
-        disk.upcycle(
-            opened,
-            examples,
-            recipe,
-            np.random.default_rng(seed),
-            target,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal:
+                console.print(f"layers: {done} of {total}")
+
+        disk.upcycle(opened, examples, recipe, np.random.default_rng(seed), target, progress)
     console.print(f"{target}: {experts} experts per layer, {top_k} for each token")
