@@ -217,15 +217,16 @@ def _upcycled_layers(
     valid = torch.cat([batch.valid.flatten() for batch in batches])
     embedded = torch.cat([decoder.embed_tokens(batch.tokens).flatten(0, 1) for batch in batches])
     texts = _text_means(embedded, batches)
+    masks = [batch.attention_mask(embedded.dtype) for batch in batches]
     dense = mixed = embedded
     for layer in decoder.layers:
         mlp = _dense_mlp(layer.mlp)
         layer.mlp, own = _Recorder(), layer.mlp
         try:
-            dense, states = _before_mlp(decoder, layer, batches, dense)
+            dense, states = _before_mlp(decoder, layer, batches, masks, dense)
             dense = dense + mlp(states)
             if recipe.expert is ExpertKind.SPLIT:
-                mixed, states = _before_mlp(decoder, layer, batches, mixed)
+                mixed, states = _before_mlp(decoder, layer, batches, masks, mixed)
         finally:
             layer.mlp = own
         seen = states[valid]
@@ -233,11 +234,12 @@ def _upcycled_layers(
         if recipe.expert is ExpertKind.COPY:
             yield copied(mlp, rows, recipe.noise, rng)
             continue
-        found = split(mlp, seen, rows, recipe)
+        neurons = mlp.neurons(seen)
+        found = split(mlp, seen, neurons, rows, recipe)
         if recipe.heal:
-            found = routed_by_output(found, seen, recipe.ridge)
-            found = healed(found, seen, (dense - mixed)[valid], recipe.ridge)
-        mixed = mixed + found(states)
+            found = routed_by_output(found, seen, neurons, recipe.ridge)
+            found = healed(found, seen, neurons, (dense - mixed)[valid], recipe.ridge)
+        mixed[valid] += found(seen, neurons)
         yield found.weights()
 
 
@@ -251,16 +253,16 @@ class _Recorder(nn.Module):
 
 @torch.no_grad()
 def _before_mlp(
-    decoder: Any, layer: Any, batches: Sequence[Batch], stream: Tensor
+    decoder: Any, layer: Any, batches: Sequence[Batch], masks: Sequence[Tensor], stream: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(T, D) each: the stream after attention, and what enters the MLP."""
     residual, states, first = [], [], 0
-    for batch in batches:
+    for batch, mask in zip(batches, masks, strict=True):
         hidden = stream[first : first + batch.tokens.numel()].unflatten(0, batch.tokens.shape)
         first += batch.tokens.numel()
         output = layer(
             hidden,
-            attention_mask=batch.attention_mask(hidden.dtype),
+            attention_mask=mask,
             position_ids=batch.positions,
             position_embeddings=decoder.rotary_emb(hidden, batch.positions),
         )

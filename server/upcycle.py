@@ -78,16 +78,16 @@ class SplitMLP:
         even = self.top_k * best.values / best.values.sum(-1, keepdim=True)
         return torch.zeros_like(chance).scatter(1, best.indices, even)
 
-    def neurons(self, states: Tensor) -> Tensor:
-        """(T, I) as the dense MLP's, each times the gate of its expert."""
-        share = states.new_ones(len(states), self.dense.down.shape[1])
-        gates = self.gates(states).to(states.dtype)
+    def gated(self, states: Tensor, neurons: Tensor) -> Tensor:
+        """(T, I) the dense MLP's neurons (T, I), each times the gate of its expert."""
+        share = torch.ones_like(neurons)
+        gates = self.gates(states).to(neurons.dtype)
         share[:, self.experts.flatten()] = gates.repeat_interleave(self.experts.shape[1], dim=1)
-        return self.dense.neurons(states) * share
+        return neurons * share
 
-    def __call__(self, states: Tensor) -> Tensor:
-        """(T, D)."""
-        return self.neurons(states) @ self.dense.down.T
+    def __call__(self, states: Tensor, neurons: Tensor) -> Tensor:
+        """(T, D) of the states (T, D) and what the dense MLP's neurons (T, I) say of them."""
+        return self.gated(states, neurons) @ self.dense.down.T
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors of the MoE block, named and scaled as the family has them."""
@@ -128,14 +128,17 @@ def copied(
     }
 
 
-def split(mlp: DenseMLP, states: Tensor, directions: Tensor, recipe: Recipe) -> SplitMLP:
-    """The MLP with its neurons dealt out by what the tokens (T, D) make of them.
+def split(
+    mlp: DenseMLP, states: Tensor, neurons: Tensor, directions: Tensor, recipe: Recipe
+) -> SplitMLP:
+    """The MLP with its neurons dealt out by what they say (T, I) of public text.
 
     A neuron matters by what it writes, |activation| times the norm of its column. Those that
     matter most on average are shared. Each other one goes to the expert whose tokens, by the
-    router's `directions` (E, D), use it most above its average; all experts get as many.
+    states (T, D) and the router's `directions` (E, D), use it most above its average; all experts
+    get as many.
     """
-    said = mlp.neurons(states).float().abs() * mlp.down.float().norm(dim=0)
+    said = neurons.float().abs() * mlp.down.float().norm(dim=0)
     order = said.square().mean(0).argsort(descending=True, stable=True)
     num_shared = recipe.num_shared(len(order))
     shared, others = order[:num_shared].sort().values, order[num_shared:].sort().values
@@ -181,25 +184,29 @@ def evened(rows: Tensor, states: Tensor) -> Tensor:
     return rows * (SPREAD / spread.clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def routed_by_output(layer: SplitMLP, states: Tensor, strength: float) -> SplitMLP:
+def routed_by_output(layer: SplitMLP, states: Tensor, neurons: Tensor, strength: float) -> SplitMLP:
     """The layer with the router that tells best, linearly, how much each expert would say.
 
-    Its scores are the ridge regression of the norms of the experts' outputs on the states (T, D).
+    Its scores are the ridge regression of the norms of the experts' outputs on the states (T, D);
+    the neurons (T, I) say the outputs.
     """
-    neurons, down = layer.dense.neurons(states), layer.dense.down
+    down = layer.dense.down
     norms = [(neurons[:, group] @ down[:, group].T).float().norm(dim=-1) for group in layer.experts]
     said = torch.stack(norms, dim=1)
     rows = ridge(states.float(), said - said.mean(-1, keepdim=True), strength)
     return replace(layer, router=evened(rows, states))
 
 
-def healed(layer: SplitMLP, states: Tensor, wanted: Tensor, strength: float) -> SplitMLP:
-    """The layer with the `down` that comes nearest to the outputs `wanted` (T, D) of the states.
+def healed(
+    layer: SplitMLP, states: Tensor, neurons: Tensor, wanted: Tensor, strength: float
+) -> SplitMLP:
+    """The layer with the `down` that comes nearest to the outputs `wanted` (T, D).
 
-    What is missing is regressed on what the neurons say behind their gates; the change is kept
-    small where the text says little.
+    They are wanted of the states (T, D), of which the dense neurons say (T, I). What is missing is
+    regressed on what neurons say behind their gates; the change is kept small where the text says
+    little.
     """
-    said = layer.neurons(states).float()
+    said = layer.gated(states, neurons).float()
     down = layer.dense.down
     missing = wanted.float() - said @ down.float().T
     change = ridge(said, missing, strength)
