@@ -107,9 +107,9 @@ def open_dense(path: Path) -> DenseModel:
 
 
 def public_text(folder: Path, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[Example]:
-    """At least `tokens` tokens of the public text in a folder, as much of each domain.
+    """At least `tokens` tokens of the public text in a folder, a row of each domain in turn.
 
-    All text counts, prompts too. A domain with less is used up.
+    All text counts, prompts too; a domain may run out before the others.
 
     Raises:
         DataError: there is no text, or not as much.
