@@ -76,6 +76,18 @@ class Checkpoint:
             raise CheckpointError(f"{path}: {name} is cut short; fetch the checkpoint again")
         return content
 
+    def read_into(self, name: str, buffer: memoryview, first: int = 0) -> None:
+        """Fills the buffer with the raw bytes of one tensor from byte `first` on."""
+        place = self.ranges[name]
+        path = self.folder / place.file
+        with path.open("rb", buffering=0) as file:
+            file.seek(place.offset + first)
+            while len(buffer):
+                count = file.readinto(buffer)
+                if not count:
+                    raise CheckpointError(f"{path}: {name} is cut short; fetch the checkpoint again")
+                buffer = buffer[count:]
+
     def read(self, name: str) -> Tensor:
         """One tensor, owned by the caller."""
         place = self.ranges[name]

@@ -5,7 +5,7 @@ a copy. A device reads the blobs it lacks, checks each against its digest, and m
 fused safetensors file that it can map into memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,11 +85,7 @@ def materialise(
         IntegrityError: bytes from `read_piece` or `read_companion` do not match their digest.
     """
     plan = manifest.plan
-    groups: dict[str, list[Piece]] = {}
-    for piece in manifest.pieces:
-        groups.setdefault(piece.target, []).append(piece)
-    for pieces in groups.values():
-        pieces.sort(key=lambda p: (p.expert if p.expert is not None else -1, p.part == "up"))
+    groups = by_target(manifest.pieces)
 
     def contents() -> Iterator[bytes]:
         for pieces in groups.values():
@@ -109,6 +105,16 @@ def materialise(
     specs = {target: (ps[0].dtype, _fused_shape(ps, plan)) for target, ps in groups.items()}
     write_checkpoint(folder / WEIGHTS, specs, contents())
     return folder
+
+
+def by_target(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+    """The pieces of each parameter, in the order in which their bytes make it up."""
+    groups: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.target, []).append(piece)
+    for group in groups.values():
+        group.sort(key=lambda p: (p.expert if p.expert is not None else -1, p.part == "up"))
+    return groups
 
 
 def read_config(folder: Path) -> PretrainedConfig:

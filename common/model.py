@@ -71,13 +71,18 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
         attn_implementation="eager",
         local_files_only=True,
     )
+    install(model)
+    _install_plan(model, plan, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return LoadedModel(model, tokenizer, plan)
+
+
+def install(model: PreTrainedModel) -> None:
+    """Freezes a model and gives it our experts, norms and attention."""
     model.requires_grad_(False).eval()
     install_backend(model)
     install_norms(model)
     install_attention(model)
-    _install_plan(model, plan, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return LoadedModel(model, tokenizer, plan)
 
 
 def compute_dtype(wanted: str) -> torch.dtype:

@@ -8,10 +8,10 @@ text only: nothing here ever sees private data.
 Shapes: E experts, D hidden size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from proxymoe.common.experts import Observer, expert_state
 from proxymoe.common.loss import predicted_states
 from proxymoe.common.model import LoadedModel
 from proxymoe.common.moe import moe_layers
-from proxymoe.common.text import Example, packed_batches
+from proxymoe.common.text import Batch, Example, packed_batches
 from proxymoe.server.relations import LayerRelations, load_relations, mixed
 
 
@@ -123,15 +123,29 @@ class Profile:
         return dict.fromkeys(self.domains, 1.0)
 
 
+Reader = Callable[[Any, Sequence[Batch]], Iterator[Batch]]
+"""Runs a model over batches, and yields each that all layers with experts have seen."""
+
+
+def read_whole(model: Any, batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Runs a model that is whole in memory, batch by batch."""
+    for batch in batches:
+        with torch.no_grad():
+            predicted_states(model, batch)
+        yield batch
+
+
 def profile_domain(
     loaded: LoadedModel,
     examples: Sequence[Example],
     max_tokens: int,
     progress: Callable[[int], None] = lambda _: None,
+    read: Reader = read_whole,
 ) -> tuple[dict[int, ExpertStatistics], int]:
     """Statistics of the full model on one domain, and the number of tokens seen.
 
-    Batches are taken until `max_tokens` is reached; `progress` is told the tokens of each.
+    Batches are taken until `max_tokens` is reached; `progress` is told the tokens of each. `read`
+    runs the model: whole, or one layer at a time (`server/streamed.py`).
     """
     sums: dict[int, ExpertStatistics] = {}
     layers = moe_layers(loaded.model)
@@ -140,9 +154,7 @@ def profile_domain(
         expert_state(layer.experts).observer = _observer(sums[layer.position])
     num_tokens = 0
     try:
-        for batch in packed_batches(head(examples, max_tokens)):
-            with torch.no_grad():
-                predicted_states(loaded.model, batch)
+        for batch in read(loaded.model, packed_batches(head(examples, max_tokens))):
             num_tokens += (seen := int(batch.valid.sum()))
             progress(seen)
     finally:
