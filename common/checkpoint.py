@@ -108,10 +108,18 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder}: shards {missing} named by the index are missing"
                 )
-            return listed
-        if not (self.folder / WEIGHTS).exists():
+        elif (self.folder / WEIGHTS).exists():
+            listed = [WEIGHTS]
+        else:
             raise CheckpointError(f"{self.folder}: holds neither {WEIGHTS} nor {INDEX}")
-        return [WEIGHTS]
+        extra = {path.name for path in self.folder.glob("model*.safetensors")} - {*listed}
+        if extra:
+            raise CheckpointError(
+                f"{self.folder}: shards {sorted(extra)} are not of this checkpoint, which is "
+                f"{listed[0]} and {len(listed) - 1} more; remove what is left over, or {INDEX} is "
+                "an old one"
+            )
+        return listed
 
 
 def tensor_from(content: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
@@ -128,14 +136,14 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 
 def write_checkpoint(
-    path: Path, specs: dict[str, tuple[str, tuple[int, ...]]], contents: Iterable[bytes]
+    path: Path, specs: dict[str, tuple[str, tuple[int, ...]]], contents: Iterable[Iterable[bytes]]
 ) -> None:
     """Writes one safetensors file, streamed and atomic.
 
     Args:
         path: the file to make.
         specs: {tensor name: (dtype name, shape)}; this order is the order of the bytes.
-        contents: the bytes of each tensor, in the order of `specs`, taken one at a time.
+        contents: the bytes of each tensor in parts, in the order of `specs`, taken one at a time.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -148,18 +156,17 @@ def write_checkpoint(
     with atomic_writer(path) as file:
         file.write(struct.pack("<Q", len(encoded)))
         file.write(encoded)
-        written = 0
-        for name, content in zip(specs, contents, strict=True):
+        for name, parts in zip(specs, contents, strict=True):
             start, stop = header[name]["data_offsets"]
-            if len(content) != stop - start:
-                raise CheckpointError(f"{name}: {len(content)} bytes where {stop - start} belong")
-            written += file.write(content)
+            written = sum(file.write(part) for part in parts)
+            if written != stop - start:
+                raise CheckpointError(f"{name}: {written} bytes where {stop - start} belong")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a small set of tensors as one safetensors file, atomically."""
     specs = {n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}
-    write_checkpoint(path, specs, (bytes_of(tensor) for tensor in tensors.values()))
+    write_checkpoint(path, specs, ([bytes_of(tensor)] for tensor in tensors.values()))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -5,7 +5,10 @@ a copy. A device reads the blobs it lacks, checks each against its digest, and m
 fused safetensors file that it can map into memory.
 """
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +22,9 @@ from proxymoe.common.files import digest_of, write_bytes, write_json
 from proxymoe.common.plan import PLAN_FILE, Plan, RouterMode
 
 Part = Literal["whole", "gate", "up", "down"]
+HASHING_THREADS = min(4, os.cpu_count() or 1)
+UNCHECKED_BYTES = 64 << 20
+"""Read and not yet checked at one time, unless a single piece is larger."""
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -84,18 +90,7 @@ def materialise(
     Raises:
         IntegrityError: bytes from `read_piece` or `read_companion` do not match their digest.
     """
-    plan = manifest.plan
-    groups = by_target(manifest.pieces)
-
-    def contents() -> Iterator[bytes]:
-        for pieces in groups.values():
-            whole = bytearray()
-            for piece in pieces:
-                content = read_piece(piece)
-                _require_digest(piece.source, content, piece.digest)
-                whole += _cut(piece, content, plan)
-            yield bytes(whole)
-
+    plan, groups = manifest.plan, by_target(manifest.pieces)
     for name, digest in manifest.companions.items():
         content = read_companion(name)
         _require_digest(name, content, digest)
@@ -103,7 +98,11 @@ def materialise(
     write_json(folder / "config.json", manifest.config)
     write_bytes(folder / PLAN_FILE, plan.model_dump_json(indent=1).encode())
     specs = {target: (ps[0].dtype, _fused_shape(ps, plan)) for target, ps in groups.items()}
-    write_checkpoint(folder / WEIGHTS, specs, contents())
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        checked = _checked(groups.values(), read_piece, pool)
+        write_checkpoint(
+            folder / WEIGHTS, specs, ((_cut(*part, plan) for part in parts) for parts in checked)
+        )
     return folder
 
 
@@ -128,6 +127,34 @@ def read_config(folder: Path) -> PretrainedConfig:
     except (ValueError, KeyError) as error:
         raise UnsupportedModel(f"{folder}: {str(error).splitlines()[0]}") from error
     return config
+
+
+def _checked(
+    groups: Iterable[list[Piece]], read_piece: Callable[[Piece], bytes], pool: Executor
+) -> Iterator[Iterator[tuple[Piece, bytes]]]:
+    """For each parameter its pieces with their bytes, which are checked beside the writing.
+
+    What is handed out may still turn out wrong, but not after the last parameter was taken.
+    """
+    waiting: deque[tuple[int, Future[None]]] = deque()
+
+    def settle(room: int) -> None:
+        while waiting and sum(size for size, _ in waiting) > room:
+            waiting.popleft()[1].result()
+
+    def parts(pieces: list[Piece]) -> Iterator[tuple[Piece, bytes]]:
+        for piece in pieces:
+            settle(max(0, UNCHECKED_BYTES - piece.num_bytes))
+            content = read_piece(piece)
+            check = pool.submit(_require_digest, piece.source, content, piece.digest)
+            waiting.append((len(content), check))
+            if piece.expert_dim is not None or len(content) != piece.num_bytes:
+                settle(-1)  # it is not just copied: make sure that it can be understood
+            yield piece, content
+
+    for pieces in groups:
+        yield parts(pieces)
+    settle(-1)
 
 
 def _require_digest(name: str, content: bytes, digest: str) -> None:

@@ -4,21 +4,22 @@ Names on disk become names in memory, and each tensor gets its role, in `server/
 """
 
 import json
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from proxymoe.common.checkpoint import WEIGHTS, Checkpoint, tensor_from
 from proxymoe.common.errors import CheckpointError, PlanError, UnsupportedModel
-from proxymoe.common.files import canonical_json, digest_of, write_json
+from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.head import output_head
 from proxymoe.common.manifest import COMPANIONS, Manifest, Piece, materialise, read_config
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.plan import Plan, keep_all
+from proxymoe.server.index import Progress, index
 from proxymoe.server.roles import Roles
 
 
@@ -26,14 +27,22 @@ class BaseCheckpoint:
     """A full MoE checkpoint, indexed: its pieces, its MoE layers and its digest.
 
     Opening reads every byte once, to take digests and to refuse weights that are not finite; the
-    result is kept in `cache` under the sizes and times of the files.
+    result is kept in `cache`, see `server/index.py`.
+
+    Args:
+        folder: of the checkpoint.
+        cache: where what is known of its shards is kept; None keeps nothing.
+        progress: told how many bytes are read, and of how many.
 
     Raises:
-        CheckpointError: missing, truncated or non-finite tensors.
+        CheckpointError: missing, truncated or non-finite tensors, shards or tensors that belong
+            nowhere, or a tokenizer with more tokens than the model knows.
         UnsupportedModel: a family that ProxyMoE does not handle.
     """
 
-    def __init__(self, folder: Path, cache: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, cache: Path | None = None, progress: Progress = lambda *_: None
+    ) -> None:
         self.folder = folder
         self.config = read_config(folder)
         if getattr(self.config, "quantization_config", None) is not None:
@@ -51,13 +60,15 @@ class BaseCheckpoint:
                     f"{layer.num_experts} experts; supported is a router with a row per expert"
                 )
         output_head(self.skeleton)  # refuses one that losses cannot be computed with
-        self.pieces = self._cached_pieces(cache)
-        # Sorted, so that it does not matter how the checkpoint is cut into shards.
-        entries = [[p.target, p.expert or 0, p.part, p.digest] for p in self.pieces]
+        require_tokens(folder, self.skeleton.get_input_embeddings().weight.shape[0])
         settings = json.loads(json.dumps(self.config.to_dict()))
         # Who wrote the file does not change what the model computes.
         for incidental in ("transformers_version", "_name_or_path"):
             settings.pop(incidental, None)
+        roles = Roles(self.skeleton, self.config, list(self.layers.values()))
+        self.pieces = index(self.checkpoint, roles, settings, cache, progress)
+        # Sorted, so that it does not matter how the checkpoint is cut into shards.
+        entries = [[p.target, p.expert or 0, p.part, p.digest] for p in self.pieces]
         self.digest = digest_of(canonical_json([settings, sorted(entries)]))
 
     @property
@@ -159,44 +170,22 @@ class BaseCheckpoint:
         """The bytes of a small file beside the weights."""
         return (self.folder / name).read_bytes()
 
-    def _cached_pieces(self, cache: Path | None) -> tuple[Piece, ...]:
-        if cache is None:
-            return tuple(self._pieces())
-        files = sorted({place.file for place in self.checkpoint.ranges.values()})
-        stats = [(self.folder / name).stat() for name in files]
-        seen = [[n, s.st_size, s.st_mtime_ns] for n, s in zip(files, stats, strict=True)]
-        path = cache / f"pieces-{digest_of(canonical_json([str(self.folder), seen]))[:24]}.json"
-        if path.exists():
-            return tuple(Piece.model_validate(entry) for entry in json.loads(path.read_bytes()))
-        pieces = tuple(self._pieces())
-        write_json(path, [piece.model_dump(exclude_defaults=True) for piece in pieces])
-        return pieces
 
-    def _pieces(self) -> Iterator[Piece]:
-        roles = Roles(self.skeleton, self.config, list(self.layers.values()))
-        found: set[str] = set()
-        for name, place in self.checkpoint.ranges.items():
-            role = roles.of(name)
-            if role is None:
-                continue
-            if place.shape != (expected := roles.shape(role)):
-                raise CheckpointError(
-                    f"{self.folder}: tensor {name} has shape {place.shape}, config.json asks for "
-                    f"{expected}; is it of another model?"
-                )
-            content = self.checkpoint.read_bytes(name)
-            tensor = tensor_from(content, place.dtype, place.shape)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(
-                    f"{self.folder}: tensor {name} holds NaN or infinity; fetch it again"
-                )
-            found |= roles.provides(role)
-            yield from role.pieces(name, place, content)
-        if missing := sorted(roles.required() - found):
-            raise CheckpointError(
-                f"{self.folder}: {len(missing)} tensors are missing, the first is {missing[0]}; "
-                "is a shard absent, or config.json of another model?"
-            )
+def require_tokens(folder: Path, num_embeddings: int) -> None:
+    """Raises CheckpointError if the tokenizer beside a checkpoint has tokens without embedding."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    try:
+        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # noqa: BLE001  The library raises nothing narrower.
+        raise CheckpointError(f"{path}: no tokenizer ({error})") from error
+    largest = max(vocabulary.values(), default=0)
+    if largest >= num_embeddings:
+        raise CheckpointError(
+            f"{path}: has a token {largest}, the model's embeddings end at {num_embeddings - 1}; "
+            "take the tokenizer that the model was trained with"
+        )
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:

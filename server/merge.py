@@ -4,12 +4,12 @@ What was learned on proxy submodels fits the full model by identity, because kep
 bit-identical to the base model's. The merged checkpoint has the base model's own names, shards
 and types; only tensors with a delta differ: W + s·B·A, computed in fp32, rounded once.
 
-Memory: one tensor. The folder appears whole or not at all; a merge that was interrupted goes on
+Memory: one tensor, of fused experts one expert. The folder appears whole or not at all; a merge that was interrupted goes on
 with the first shard that is missing, if it is asked for the same merge again.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -107,10 +107,14 @@ class _Deltas:
         return delta.T if piece.target in self._transposed else delta
 
 
-def _merged(base: BaseCheckpoint, name: str, pieces: list[Piece], deltas: _Deltas) -> bytes:
+def _merged(
+    base: BaseCheckpoint, name: str, pieces: list[Piece], deltas: _Deltas
+) -> Iterator[bytes]:
+    """The bytes of a tensor on disk, in parts."""
     if not pieces:
-        return base.checkpoint.read_bytes(name)
-    return b"".join(_merged_piece(base, piece, deltas.of(piece)) for piece in pieces)
+        yield base.checkpoint.read_bytes(name)
+    for piece in pieces:
+        yield _merged_piece(base, piece, deltas.of(piece))
 
 
 def _merged_piece(base: BaseCheckpoint, piece: Piece, delta: Tensor | None) -> bytes:

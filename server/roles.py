@@ -5,7 +5,7 @@ family.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -14,7 +14,6 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from proxymoe.common.checkpoint import TensorRange
 from proxymoe.common.errors import UnsupportedModel
-from proxymoe.common.files import digest_of
 from proxymoe.common.manifest import Part, Piece
 from proxymoe.common.moe import MoELayer
 
@@ -32,12 +31,11 @@ class Role:
     fused: bool = False
     """Whether it holds all experts, as the parameter in memory does."""
 
-    def pieces(self, name: str, place: TensorRange, content: bytes) -> Iterator[Piece]:
-        """The pieces of the tensor `name` with these bytes: one, or one per expert."""
+    def pieces(self, name: str, place: TensorRange) -> Iterator[Piece]:
+        """The pieces of the tensor `name`: one, or one per expert; without digests yet."""
         count = place.shape[0] if self.fused else 1
         size = place.num_bytes // count
         for index in range(count):
-            own = content[index * size : (index + 1) * size]
             yield Piece(
                 source=name,
                 offset=index * size,
@@ -49,7 +47,7 @@ class Role:
                 dtype=place.dtype,
                 shape=place.shape[1:] if self.fused else place.shape,
                 num_bytes=size,
-                digest=digest_of(own),
+                digest="",
             )
 
 
@@ -64,7 +62,14 @@ class Roles:
         self._converters = [item for item in mapping if isinstance(item, WeightConverter)]
         self._prefix = model.base_model_prefix
         self._state = dict(model.state_dict())
-        self._tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
+        ties = model.all_tied_weights_keys if config.tie_word_embeddings else {}
+        self._tied = dict(ties)
+        buffers = {name for name, _ in model.named_buffers()}
+        self._computed = buffers - self._state.keys()
+        self._ignored = [
+            re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()
+        ]
+        self._num_layers = config.get_text_config().num_hidden_layers
         self._experts = {
             f"{layer.name}.experts.{leaf}": layer
             for layer in layers
@@ -78,11 +83,7 @@ class Roles:
 
     def of(self, name: str) -> Role | None:
         """The role of this disk tensor; None for what the model never loads."""
-        target, pattern = rename_source_key(
-            name, self._renamings, self._converters, self._prefix, self._state
-        )
-        if target not in self._state and name in self._state:
-            target, pattern = name, None
+        target, pattern = self._target(name)
         if target not in self._state or target in self._tied:
             return None
         if target in self._routers:
@@ -105,6 +106,40 @@ class Roles:
         part = parts[sources.index(pattern)]
         return Role(target, position, expert=int(number.group(1)), part=part)
 
+    def needless(self, name: str) -> bool:
+        """Whether the model does well without this tensor, which it does not load.
+
+        That is a second copy of a tied weight, a table that is computed, or a head that predicts
+        several tokens at once (MTP), which is stored as layers after the last.
+        """
+        target, _ = self._target(name)
+        number = re.search(r"\.layers\.(\d+)\.", f".{target}")
+        return (
+            target in self._tied
+            or target in self._computed
+            or target.endswith("rotary_emb.inv_freq")
+            or (number is not None and int(number.group(1)) >= self._num_layers)
+            or any(pattern.search(name) for pattern in self._ignored)
+        )
+
+    def tied_copies(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """Pairs of tensors on disk that are one weight of the model."""
+        on_disk = {self._target(name)[0]: name for name in names}
+        return [
+            (on_disk[first], on_disk[second])
+            for second, first in self._tied.items()
+            if first in on_disk and second in on_disk
+        ]
+
+    def _target(self, name: str) -> tuple[str, str | None]:
+        """(name in memory, pattern that matched) of a tensor on disk."""
+        target, pattern = rename_source_key(
+            name, self._renamings, self._converters, self._prefix, self._state
+        )
+        if target not in self._state and name in self._state:
+            return name, None
+        return target, pattern
+
     def shape(self, role: Role) -> tuple[int, ...]:
         """Shape on disk of the tensor with this role."""
         whole = tuple(self._state[role.target].shape)
@@ -124,7 +159,7 @@ class Roles:
     def required(self) -> set[str]:
         """One key for everything that the model cannot do without."""
         keys = set()
-        for target in self._state.keys() - self._tied:
+        for target in self._state.keys() - self._tied.keys():
             keys |= self._keys(target) if target in self._experts else {target}
         return keys
 

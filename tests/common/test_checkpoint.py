@@ -183,7 +183,7 @@ def test_a_shard_name_that_leaves_the_folder_is_refused(tmp_path):
 
 def test_content_of_the_wrong_length_writes_no_file(tmp_path):
     with pytest.raises(CheckpointError, match="x: 4 bytes where 8 belong"):
-        write_checkpoint(tmp_path / WEIGHTS, {"x": ("F32", (2,))}, [bytes(4)])
+        write_checkpoint(tmp_path / WEIGHTS, {"x": ("F32", (2,))}, [[bytes(4)]])
     assert list(tmp_path.iterdir()) == []
 
 

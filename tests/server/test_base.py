@@ -135,6 +135,9 @@ def test_an_index_that_forgets_a_shard_is_found_out(tmp_path):
     shard = sorted(folder.glob("model-*.safetensors"))[1].name
     index["weight_map"] = {k: v for k, v in index["weight_map"].items() if v != shard}
     (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"shards \['{shard}'\] are not of this checkpoint"):
+        BaseCheckpoint(folder)
+    (folder / shard).unlink()
     with pytest.raises(CheckpointError, match=r"tensors are missing.*is a shard absent"):
         BaseCheckpoint(folder)
 
