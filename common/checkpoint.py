@@ -85,7 +85,9 @@ class Checkpoint:
             while len(buffer):
                 count = file.readinto(buffer)
                 if not count:
-                    raise CheckpointError(f"{path}: {name} is cut short; fetch the checkpoint again")
+                    raise CheckpointError(
+                        f"{path}: {name} is cut short; fetch the checkpoint again"
+                    )
                 buffer = buffer[count:]
 
     def read(self, name: str) -> Tensor:

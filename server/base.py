@@ -60,7 +60,7 @@ class BaseCheckpoint:
                     f"{layer.num_experts} experts; supported is a router with a row per expert"
                 )
         output_head(self.skeleton)  # refuses one that losses cannot be computed with
-        require_tokens(folder, self.skeleton.get_input_embeddings().weight.shape[0])
+        require_vocabulary(folder, num_embeddings(self.skeleton))
         settings = json.loads(json.dumps(self.config.to_dict()))
         # Who wrote the file does not change what the model computes.
         for incidental in ("transformers_version", "_name_or_path"):
@@ -171,19 +171,26 @@ class BaseCheckpoint:
         return (self.folder / name).read_bytes()
 
 
-def require_tokens(folder: Path, num_embeddings: int) -> None:
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Tokens that a model knows, whether its tokenizer has them or not."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return int(weight.shape[0])
+
+
+def require_vocabulary(folder: Path, count: int) -> None:
     """Raises CheckpointError if the tokenizer beside a checkpoint has tokens without embedding."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return
     try:
         vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # noqa: BLE001  The library raises nothing narrower.
+    except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{path}: no tokenizer ({error})") from error
     largest = max(vocabulary.values(), default=0)
-    if largest >= num_embeddings:
+    if largest >= count:
         raise CheckpointError(
-            f"{path}: has a token {largest}, the model's embeddings end at {num_embeddings - 1}; "
+            f"{path}: has a token {largest}, the model's embeddings end at {count - 1}; "
             "take the tokenizer that the model was trained with"
         )
 

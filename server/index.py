@@ -108,7 +108,9 @@ def _read(
 ) -> Iterator[Piece]:
     """The pieces of these tensors, with digests."""
     bare = [
-        piece for name, role in roles.items() for piece in role.pieces(name, checkpoint.ranges[name])
+        piece
+        for name, role in roles.items()
+        for piece in role.pieces(name, checkpoint.ranges[name])
     ]
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         read = 0

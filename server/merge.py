@@ -4,8 +4,8 @@ What was learned on proxy submodels fits the full model by identity, because kep
 bit-identical to the base model's. The merged checkpoint has the base model's own names, shards
 and types; only tensors with a delta differ: W + s·B·A, computed in fp32, rounded once.
 
-Memory: one tensor, of fused experts one expert. The folder appears whole or not at all; a merge that was interrupted goes on
-with the first shard that is missing, if it is asked for the same merge again.
+Memory: one tensor, of fused experts one expert. The folder appears whole or not at all; a merge
+that was interrupted goes on with the first shard that is missing, if it is asked for again.
 """
 
 import shutil

@@ -5,11 +5,14 @@ order and arithmetic are those of a simulation, and so are the bits of the profi
 """
 
 import fcntl
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -17,8 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from proxymoe.common.domains import count_tokens, domain_table, save_table
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.files import canonical_json, digest_of
-from proxymoe.common.model import compute_dtype, load
-from proxymoe.common.text import Example, read_rows, tokenise
+from proxymoe.common.model import LoadedModel, compute_dtype, load
+from proxymoe.common.text import Batch, Example, read_rows, tokenise
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.modes import MODES
 from proxymoe.server.profile import (
@@ -27,12 +30,17 @@ from proxymoe.server.profile import (
     head,
     load_profile,
     profile_domain,
+    read_whole,
+    require_tokens,
     save_domain,
 )
 from proxymoe.server.relations import relate_domain, save_relations
 from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.settings import CoordinatorSettings
+from proxymoe.server.streamed import Streamed
 
+WHOLE = 0.5
+"""Share of the free memory that the weights of a model may take to be loaded whole."""
 Stage = Callable[[str, int, int], None]
 """Progress: told what is going on, how much is done, and of how much."""
 
@@ -56,7 +64,7 @@ def prepare(run: RunDirectory, stage: Stage = lambda *_: None) -> Prepared:
 
     Args:
         run: where base model, public text and cache are.
-        stage: told of the stages "index" and "profile".
+        stage: told of the stages "index", "profile", and "profile of <domain>" in percent.
 
     Raises:
         ConfigError: a folder that the settings name is missing, or has no text for the canary.
@@ -67,10 +75,8 @@ def prepare(run: RunDirectory, stage: Stage = lambda *_: None) -> Prepared:
     run.cache.mkdir(parents=True, exist_ok=True)
     with (run.cache / "prepare.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        stage("index", 0, 1)
-        base = BaseCheckpoint(run.base_model, run.cache)
+        base = BaseCheckpoint(run.base_model, run.cache, _by_percent(stage, "index"))
         full = base.materialised_full(run.cache)
-        stage("index", 1, 1)
         key = _recipe(base.digest, run.settings, texts)
         profile = _profile(run, base, full, texts, run.cache / f"profile-{key}", stage)
         table = run.cache / f"table-{key}.safetensors" if len(texts) > 1 else None
@@ -117,10 +123,14 @@ def _profile(
     stage("profile", len(texts) - len(todo), len(texts))
     if todo:
         torch.set_num_threads(settings.threads)
-        loaded = load(full, compute_dtype(settings.train.dtype))
+        model, read = _model(base, full, compute_dtype(settings.train.dtype))
         for done, path in enumerate(todo, start=len(texts) - len(todo) + 1):
-            examples = _examples(path, loaded.tokenizer, settings)
-            found, num_tokens = profile_domain(loaded, examples, settings.calibration_tokens)
+            examples = _examples(path, model.tokenizer, settings)
+            require_tokens(path.stem, examples, settings.calibration_tokens, model)
+            told = partial(read, progress=_by_percent(stage, f"profile of {path.stem}"))
+            found, num_tokens = profile_domain(
+                model, examples, settings.calibration_tokens, read=told
+            )
             save_domain(files[path], base.digest, found, num_tokens)
             stage("profile", done, len(texts))
     relations = None
@@ -144,6 +154,34 @@ def _relate(
         examples = head(_examples(path, loaded.tokenizer, settings), settings.calibration_tokens)
         save_relations(folder / f"{path.stem}.safetensors", *relate_domain(loaded, examples))
         stage("relations of experts", done, len(texts))
+
+
+def _model(
+    base: BaseCheckpoint, full: Path, dtype: torch.dtype
+) -> tuple[LoadedModel, Callable[..., Iterator[Batch]]]:
+    """The full model and how to run it: whole where it fits, else one layer at a time.
+
+    It makes no difference to the bits.
+    """
+    weights = sum(math.prod(piece.shape) for piece in base.pieces) * dtype.itemsize
+    if weights <= WHOLE * psutil.virtual_memory().available:
+        return load(full, dtype), read_whole
+    streamed = Streamed(base, dtype)
+    return streamed.loaded, streamed.read
+
+
+def _by_percent(stage: Stage, what: str) -> Callable[[int, int], None]:
+    """Tells of a stage when another hundredth of it is done, and not for every little step."""
+    last = -1
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        percent = 100 * done // max(1, total)
+        if percent != last:
+            last = percent
+            stage(what, percent, 100)
+
+    return tell
 
 
 def _token_counts(

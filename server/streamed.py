@@ -16,6 +16,7 @@ very first batch goes both ways, and a model whose bits then differ is refused.
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,6 @@ STATE_BYTES = 256 << 20
 """What batches may carry from layer to layer at one time; for more text, layers are read again."""
 
 Progress = Callable[[int, int], None]
-"""Told how many steps of a reading are done, and of how many: one batch in one layer each."""
 
 
 class Streamed:
@@ -47,18 +47,16 @@ class Streamed:
     Args:
         base: has the weights.
         dtype: that the model computes in.
-        progress: of each reading of the layers.
     """
 
-    def __init__(
-        self, base: BaseCheckpoint, dtype: torch.dtype, progress: Progress = lambda *_: None
-    ) -> None:
+    def __init__(self, base: BaseCheckpoint, dtype: torch.dtype) -> None:
         model = hollow_model(base.config, dtype)
         install(model)
         self.loaded = LoadedModel(
-            model, AutoTokenizer.from_pretrained(base.folder, local_files_only=True), base.keep_all()
+            model,
+            AutoTokenizer.from_pretrained(base.folder, local_files_only=True),
+            base.keep_all(),
         )
-        self._progress = progress
         self._experts = moe_layers(model)
         self._weights = _Weights(base, model, dtype)
         root = re.sub(r"\.\d+\..*", "", self._experts[0].name)
@@ -70,21 +68,30 @@ class Streamed:
         in_layers = self._weights.below(root)
         self._weights.load(self._weights.below(model.base_model_prefix) - in_layers)
         self._weights.keep()
-        width = model.get_input_embeddings().weight.shape[1]
+        width = self._experts[0].hidden_size
         self._tokens_at_once = STATE_BYTES // (width * dtype.itemsize)
         self._tried = False
 
-    def read(self, _model: Any, batches: Sequence[Batch]) -> Iterator[Batch]:
+    def read(
+        self, model: Any, batches: Sequence[Batch], progress: Progress = lambda *_: None
+    ) -> Iterator[Batch]:
         """Brings the batches through all layers up to the last with experts; yields them then.
+
+        Args:
+            model: the own one.
+            batches: in the order in which they pass through each layer.
+            progress: told how many steps are done, one batch in one layer each, and of how many.
 
         Raises:
             UnsupportedModel: the layers cannot be run one by one; load the model whole.
         """
+        done, total = 0, len(self._layers) * len(batches)
         for group in _groups(batches, self._tokens_at_once):
             untried = () if self._tried else self._experts
-            model, weights = self.loaded.model, self._weights
-            _Reading(model, self._layers, weights, group, untried, self._progress).run()
+            advance = partial(_advance, progress, done, total)
+            _Reading(model, self._layers, self._weights, group, untried, advance).run()
             self._tried = True
+            done += len(self._layers) * len(group)
             yield from group
 
 
@@ -94,7 +101,7 @@ class _Layer:
     weights: set[str]
 
 
-class _Answered(Exception):  # noqa: N818  It ends a forward pass early, and is no error.
+class _Answered(Exception):
     """The layer that a forward pass was for has answered; the rest of the model is not needed."""
 
 
@@ -107,7 +114,7 @@ class _Reading:
         weights: of the layers.
         batches: the group.
         untried: MoE layers whose observers must not see the trial; none if there is to be no trial.
-        progress: told of every step.
+        advance: told how many steps are done.
     """
 
     def __init__(
@@ -117,10 +124,10 @@ class _Reading:
         weights: "_Weights",
         batches: Sequence[Batch],
         untried: Sequence[MoELayer],
-        progress: Progress,
+        advance: Callable[[int], None],
     ) -> None:
         self._model, self._layers, self._weights = model, layers, weights
-        self._batches, self._untried, self._progress = batches, untried, progress
+        self._batches, self._untried, self._advance = batches, untried, advance
         self._states: list[Any] = [None] * len(batches)
         """What the layer before this one has said to each batch."""
         self._at = 0
@@ -174,13 +181,13 @@ class _Reading:
         if self._untried:
             self._try(output)
         for number in range(1, count):
-            self._progress(self._at * count + number, len(self._layers) * count)
+            self._advance(self._at * count + number)
             self._states[number] = self._follow(number)
         self._states[0] = output
         self._weights.drop()
-        self._layers[self._at].module.forward = self._known  # type: ignore[method-assign]
+        self._layers[self._at].module.forward = self._known
         self._at += 1
-        self._progress(self._at * count, len(self._layers) * count)
+        self._advance(self._at * count)
         if self._at == len(self._layers):
             raise _Answered
 
@@ -291,6 +298,10 @@ def _dtypes(
         name: torch.float32 if pattern.search(name) else model.get_parameter_or_buffer(name).dtype
         for name in names
     }
+
+
+def _advance(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def _groups(batches: Sequence[Batch], max_tokens: int) -> Iterator[list[Batch]]:

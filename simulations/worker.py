@@ -42,7 +42,7 @@ from proxymoe.common.plan import Plan, RouterMode
 from proxymoe.common.text import Example, Examples, collate, packed_batches
 from proxymoe.server import canary
 from proxymoe.server.merging import merges_adapters, returned_home
-from proxymoe.server.profile import head, profile_domain, save_domain
+from proxymoe.server.profile import head, profile_domain, require_tokens, save_domain
 from proxymoe.server.relations import relate_domain, save_relations
 from proxymoe.simulations.ranking import ranked_quality
 from proxymoe.simulations.site import (
@@ -153,6 +153,7 @@ def profile(domain: str, folder: Path) -> int:
     path = asset(experiment.calibration) / f"{domain}.jsonl"
     examples = public_examples(path, worker.full.tokenizer, experiment.train.max_tokens)
     loaded = worker.mounted(None)
+    require_tokens(domain, examples, experiment.calibration_tokens, loaded)
     statistics, num_tokens = profile_domain(loaded, examples, experiment.calibration_tokens)
     save_domain(folder / f"{domain}.safetensors", worker.site.base, statistics, num_tokens)
     return num_tokens
