@@ -14,26 +14,23 @@ very first batch goes both ways, and a model whose bits then differ is refused.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
+from transformers import AutoTokenizer, PreTrainedModel
 
-from proxymoe.common.checkpoint import DTYPES
 from proxymoe.common.errors import UnsupportedModel
 from proxymoe.common.experts import expert_state
 from proxymoe.common.loss import predicted_states
-from proxymoe.common.manifest import Piece, by_target
 from proxymoe.common.model import LoadedModel, install
 from proxymoe.common.moe import MoELayer, moe_layers
 from proxymoe.common.text import Batch
 from proxymoe.server.base import BaseCheckpoint
+from proxymoe.server.hollow import Weights, hollow_model
 
 STATE_BYTES = 256 << 20
 """What batches may carry from layer to layer at one time; for more text, layers are read again."""
@@ -58,7 +55,7 @@ class Streamed:
             base.keep_all(),
         )
         self._experts = moe_layers(model)
-        self._weights = _Weights(base, model, dtype)
+        self._weights = Weights(base, model, dtype)
         root = re.sub(r"\.\d+\..*", "", self._experts[0].name)
         layers = list(model.get_submodule(root).named_children())
         self._layers = [
@@ -121,7 +118,7 @@ class _Reading:
         self,
         model: PreTrainedModel,
         layers: Sequence[_Layer],
-        weights: "_Weights",
+        weights: Weights,
         batches: Sequence[Batch],
         untried: Sequence[MoELayer],
         advance: Callable[[int], None],
@@ -226,78 +223,6 @@ class _Reading:
             f"{type(self._model).__name__}: layer {self._at} {what}, so that its layers cannot be "
             "read one by one; profile it on a machine that holds it whole"
         )
-
-
-class _Weights:
-    """Gives a hollow model its weights, and takes them away."""
-
-    def __init__(self, base: BaseCheckpoint, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self._checkpoint, self._model = base.checkpoint, model
-        self._pieces = by_target(base.pieces)
-        self._dtypes = _dtypes(model, self._pieces, dtype)
-        self._held: dict[str, nn.Parameter] = {}
-
-    def below(self, path: str) -> set[str]:
-        """The names of all weights of a module."""
-        return {name for name in self._pieces if name.startswith(f"{path}.")}
-
-    def load(self, names: Iterable[str]) -> None:
-        """Reads these weights, in the type that they have in a model that is loaded whole."""
-        for name in names:
-            owner, leaf = self._place(name)
-            hollow = getattr(owner, leaf)
-            weight = self._read(self._pieces[name], hollow.shape, self._dtypes[name])
-            if leaf in owner._buffers:
-                owner._buffers[leaf] = weight
-            else:
-                self._held[name] = hollow
-                owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
-
-    def drop(self) -> None:
-        """Takes the parameters away again; buffers are small and stay."""
-        for name, hollow in self._held.items():
-            owner, leaf = self._place(name)
-            owner._parameters[leaf] = hollow
-        self._held = {}
-
-    def keep(self) -> None:
-        """What was read up to now stays."""
-        self._held = {}
-
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        path, _, leaf = name.rpartition(".")
-        return self._model.get_submodule(path), leaf
-
-    def _read(self, pieces: list[Piece], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        weight = torch.empty(shape, dtype=dtype)
-        for piece, part in zip(pieces, weight.view(len(pieces), -1), strict=True):
-            stored = part if DTYPES[piece.dtype] is dtype else part.to(DTYPES[piece.dtype])
-            buffer = stored.view(torch.uint8).numpy().data
-            self._checkpoint.read_into(piece.source, buffer, piece.offset)
-            if stored is not part:
-                part.copy_(stored)
-        return weight
-
-
-def hollow_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with all that is computed and not stored, such as rotary tables; no weights."""
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="eager"
-        )
-    return model
-
-
-def _dtypes(
-    model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype
-) -> dict[str, torch.dtype]:
-    """The type of each weight: its own, or fp32 where a family insists on it."""
-    wide = model._get_dtype_plan(dtype)
-    pattern = build_glob_alternation(list(wide))[0] if wide else re.compile(r"(?!)")
-    return {
-        name: torch.float32 if pattern.search(name) else model.get_parameter_or_buffer(name).dtype
-        for name in names
-    }
 
 
 def _advance(progress: Progress, before: int, total: int, done: int) -> None:

@@ -7,52 +7,26 @@ FOLDER`. It needs 45 GB of disk there, and for the last step as much memory as t
 
 import multiprocessing
 import os
-import re
 import shutil
-import statistics
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import psutil
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from proxymoe.client.train import tune
-from proxymoe.common.adapter import adapter_layout
-from proxymoe.common.checkpoint import WEIGHTS
-from proxymoe.common.config import Allocation, ExtractSettings, TrainSettings
 from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.files import write_json
-from proxymoe.common.measure import peak_rss_mb
-from proxymoe.common.model import load
-from proxymoe.common.plan import Plan
-from proxymoe.common.text import Example, read_rows, tokenise
-from proxymoe.server.base import BaseCheckpoint
-from proxymoe.server.extract import extract
-from proxymoe.server.merge import merge
-from proxymoe.server.profile import load_profile, profile_domain, save_domain
-from proxymoe.server.streamed import Streamed
+from proxymoe.simulations import streaming_steps as steps
 from proxymoe.simulations.large import Shape, write_olmoe
-from proxymoe.simulations.site import ASSETS
 
 MB = 1e6
-DOMAIN = "code"
-KEPT = 0.125
-REPETITIONS = 3
-ROW_TOKENS, TUNED_STEPS, RANK = 128, 2, 16
-SAMPLE_SECONDS = 0.02
 SPARE_MB = 2000.0
 """Memory that must be left for others while the full model is tuned."""
-CHUNK_BYTES = 1 << 24
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False, width=120)
@@ -98,201 +72,33 @@ def bench(
 
 
 def run_steps(folder: Path, report: dict[str, Any], tokens: int, threads: int) -> None:
-    """Every step in turn, each in a fresh process; what it measured goes into the report."""
+    """Every step in turn, each in a fresh process; what it steps.measured goes into the report."""
 
     def step(name: str, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
         console.print(f"{name} ...")
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([steps.__name__])  # torch is imported once
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            found = pool.submit(measured, work, folder, threads, *arguments).result()
+            found = pool.submit(steps.measured, work, folder, threads, *arguments).result()
         report[name] = found
         return found
 
-    report["bytes"] = step("index", index_base)["bytes"]
-    step("index again", index_base)
-    step("profile", profile_base, tokens)
-    step("plan", plan_proxy)
+    report["bytes"] = step("index", steps.index_base)["bytes"]
+    step("index again", steps.index_base)
+    step("profile", steps.profile_base, tokens)
+    step("plan", steps.plan_proxy)
     for cache in ("warm", "cold"):
-        step(f"materialise, {cache}", materialise_proxy, cache)
-    step("merge", merge_base)
-    proxy = step("tune proxy", tune_folder, "proxy")
+        step(f"materialise, {cache}", steps.materialise_proxy, cache)
+    step("merge", steps.merge_base)
+    proxy = step("tune proxy", steps.tune_folder, "proxy")
     needed = report["bytes"] / MB + SPARE_MB
     if (free := psutil.virtual_memory().available / MB) < needed:
         report["tune full"] = {"skipped": f"needs {needed:.0f} MB of memory, {free:.0f} are free"}
         return
-    step("full model", materialise_full)
-    full = step("tune full", tune_folder, "full")
+    step("full model", steps.materialise_full)
+    full = step("tune full", steps.tune_folder, "full")
     report["memory_ratio"] = full["peak_mb"] / proxy["peak_mb"]
     report["weights_ratio"] = full["weights_mb"] / proxy["weights_mb"]
-
-
-def measured(
-    work: Callable[..., dict[str, Any]], folder: Path, threads: int, *arguments: Any
-) -> dict[str, Any]:
-    """What a step says, with its seconds and its peak memory, whole and without file pages."""
-    torch.set_num_threads(threads)
-    before, started = peak_rss_mb(), time.monotonic()
-    with anonymous_peak() as anonymous:
-        found = work(folder, *arguments)
-        seconds = time.monotonic() - started
-    return {
-        "seconds": seconds,
-        "before_mb": before,
-        "peak_mb": peak_rss_mb(),
-        "peak_anonymous_mb": anonymous[0],
-    } | found
-
-
-def index_base(folder: Path) -> dict[str, Any]:
-    """Reads and digests every byte, or finds the index in the cache."""
-    return {"bytes": BaseCheckpoint(folder / "base", folder / "cache").num_bytes}
-
-
-def profile_base(folder: Path, tokens: int) -> dict[str, Any]:
-    """Profiles one domain a layer at a time."""
-    base = _base(folder)
-    streamed = Streamed(base, torch.bfloat16)
-    rows = read_rows(ASSETS / "calibration" / f"{DOMAIN}.jsonl")
-    examples = tokenise(rows, streamed.loaded.tokenizer, 256).examples
-    started = time.monotonic()
-    found, seen = profile_domain(streamed.loaded, examples, tokens, read=streamed.read)
-    seconds = time.monotonic() - started
-    save_domain(folder / "profile" / f"{DOMAIN}.safetensors", base.digest, found, seen)
-    return {"seconds": seconds, "tokens": seen, "layer_mb": _layer_bytes(base) / MB}
-
-
-def plan_proxy(folder: Path) -> dict[str, Any]:
-    """Plans the proxy from the profile on disk; only that is timed."""
-    base = _base(folder)
-    settings = ExtractSettings(kept_fraction=KEPT, allocation=Allocation.UNIFORM)
-    started = time.monotonic()
-    profile = load_profile(folder / "profile", base.digest)
-    plan = extract(base, profile, profile.uniform(), settings, np.random.default_rng(0)).plan
-    seconds = time.monotonic() - started
-    (folder / "plan.json").write_text(plan.model_dump_json())
-    return {"seconds": seconds, "kept_fraction": plan.kept_fraction}
-
-
-def materialise_proxy(folder: Path, cache: str) -> dict[str, Any]:
-    """Writes the proxy, and copies its file, in turns; both from the same state of the cache."""
-    base = _base(folder)
-    plan = Plan.model_validate_json((folder / "plan.json").read_bytes())
-    proxy, copied = folder / "proxy", folder / "copied"
-    base.materialise(plan, proxy)
-    ranges = base.checkpoint.ranges
-    sources = {base.folder / ranges[piece.source].file for piece in base.manifest(plan).pieces}
-    again, runs = folder / "again", []
-    for _ in range(REPETITIONS):
-        _settle(cache, [proxy / WEIGHTS])
-        copying = _timed(lambda: copy_file(proxy / WEIGHTS, copied))
-        copied.unlink()
-        _settle(cache, sources)
-        making = _timed(lambda: base.materialise(plan, again))
-        shutil.rmtree(again)
-        runs.append((copying, making))
-    size = (proxy / WEIGHTS).stat().st_size
-    copying, making = (statistics.median(column) for column in zip(*runs, strict=True))
-    return {
-        "seconds": making,
-        "mb_per_second": size / MB / making,
-        "copy_mb_per_second": size / MB / copying,
-        "copy_ratio": copying / making,
-        "runs": runs,
-        "proxy_bytes": size,
-    }
-
-
-def merge_base(folder: Path) -> dict[str, Any]:
-    """Merges an adapter on attention and all experts into the full model; removes the result."""
-    base = _base(folder)
-    layout = adapter_layout(base.skeleton, ("attention", "experts"), RANK, 0)
-    vector = 1e-3 * torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
-    started = time.monotonic()
-    merge(base, layout, vector, folder / "merged")
-    seconds = time.monotonic() - started
-    shutil.rmtree(folder / "merged")
-    return {"seconds": seconds, "mb_per_second": base.num_bytes / MB / seconds}
-
-
-def materialise_full(folder: Path) -> dict[str, Any]:
-    """Writes the full model in its fused form, to be mapped."""
-    base = _base(folder)
-    base.materialise(base.keep_all(), folder / "full")
-    return {}
-
-
-def tune_folder(folder: Path, name: str) -> dict[str, Any]:
-    """Tunes an attention adapter, the same for both models, for two steps of 1 x 128 tokens."""
-    loaded = load(folder / name)
-    layout = adapter_layout(loaded.model, ("attention",), RANK, 0)
-    settings = TrainSettings(steps=TUNED_STEPS, batch_size=1)
-    rng = np.random.default_rng(0)
-    row = rng.integers(4, 4000, ROW_TOKENS).tolist()
-    started = time.monotonic()
-    tune(loaded, layout, layout.zeros(), [Example(tuple(row), 1)], settings, rng)
-    return {
-        "seconds": time.monotonic() - started,
-        "weights_mb": (folder / name / WEIGHTS).stat().st_size / MB,
-        "adapter_numbers": layout.size,
-    }
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """A plain copy, made durable as everything that we write."""
-    shutil.copyfile(source, target)
-    with target.open("r+b") as file:
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def anonymous_peak() -> Iterator[list[float]]:
-    """Yields [peak MB of memory that is no file's] of this process; it grows within the block."""
-    peak, stop = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(SAMPLE_SECONDS):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    peak[0] = max(peak[0], int(line.split()[1]) * 1024 / MB)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _settle(cache: str, files: Iterable[Path]) -> None:
-    """Brings these files into the system's cache, or drops them from it."""
-    for path in files:
-        with path.open("rb", buffering=0) as file:
-            if cache == "cold":
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                continue
-            while file.read(CHUNK_BYTES):
-                pass
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.monotonic()
-    work()
-    return time.monotonic() - started
-
-
-def _base(folder: Path) -> BaseCheckpoint:
-    """The base model; its index comes from the cache."""
-    return BaseCheckpoint(folder / "base", folder / "cache")
-
-
-def _layer_bytes(base: BaseCheckpoint) -> int:
-    """Bytes of the largest decoder layer."""
-    sizes: Counter[str] = Counter()
-    for piece in base.pieces:
-        if found := re.match(r"model\.layers\.(\d+)\.", piece.target):
-            sizes[found.group(1)] += piece.num_bytes
-    return max(sizes.values())
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -332,7 +138,7 @@ def remarks(report: dict[str, Any]) -> Iterator[str]:
             f"{report['weights_ratio']:.2f} x), the aim is 6.6"
         )
     else:
-        yield f"tuning the full model was not measured: it {report['tune full']['skipped']}"
+        yield f"tuning the full model was not steps.measured: it {report['tune full']['skipped']}"
 
 
 if __name__ == "__main__":

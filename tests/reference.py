@@ -1,4 +1,9 @@
-"""What plain transformers makes of an adapter, of examples one by one, and of a gradient."""
+"""What plain transformers makes of an adapter, of examples one by one, and of a gradient.
+
+And what equal means for two profiles.
+"""
+
+from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +11,7 @@ import torch.nn.functional as F
 from proxymoe.common.adapter import delta_weight
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.text import Example
+from proxymoe.server.profile import ExpertStatistics
 from tests.tiny import logits, some_tokens
 
 LENGTHS = [(30, 1), (41, 33), (9, 4), (5, 4)]
@@ -49,3 +55,13 @@ def direction_of_gradient(network):
     embedded = network.get_input_embeddings()(some_tokens()).detach().requires_grad_()
     network(inputs_embeds=embedded, use_cache=False).logits.square().sum().backward()
     return embedded.grad / embedded.grad.norm()
+
+
+def same_statistics(one, other):
+    """Whether two layers-to-statistics maps hold the same bits."""
+    names = [field.name for field in fields(ExpertStatistics)]
+    return set(one) == set(other) and all(
+        torch.equal(getattr(one[at], name), getattr(other[at], name))
+        for at in one
+        for name in names
+    )

@@ -32,8 +32,15 @@ from proxymoe.common.text import collate
 from proxymoe.server.base import BaseCheckpoint, meta_model
 from proxymoe.server.merge import merge
 from proxymoe.server.profile import profile_domain
+from proxymoe.server.streamed import Streamed
 from tests.families import MORE_FAMILIES
-from tests.reference import LENGTHS, examples_of, mean_loss_alone, merged_weights
+from tests.reference import (
+    LENGTHS,
+    examples_of,
+    mean_loss_alone,
+    merged_weights,
+    same_statistics,
+)
 from tests.tiny import (
     assert_near,
     logits,
@@ -393,6 +400,12 @@ def test_the_merged_model_reloads_in_plain_transformers(model, tmp_path):
     assert_near(logits(stock(folder)), expected, 2e-5)
     untouched = merge(model.base, layout, layout.zeros(), tmp_path / "zero")
     assert BaseCheckpoint(untouched).digest == model.base.digest
+
+
+def test_a_layer_at_a_time_the_profile_has_the_same_bits(model):
+    streamed = Streamed(model.base, torch.float32)
+    found, _ = profile_domain(streamed.loaded, examples_of(), 10**6, read=streamed.read)
+    assert same_statistics(found, profile_domain(model.full, examples_of(), 10**6)[0])
 
 
 def test_the_profile_is_a_sum_over_routed_tokens(model):
