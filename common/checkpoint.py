@@ -7,9 +7,12 @@ a file without a second copy of the model, and finds truncation before any work 
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -58,42 +61,49 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ranges: dict[str, TensorRange] = {}
+        self._stamps: dict[str, tuple[int, int]] = {}
         for name in self._shards():
+            self._stamps[name] = _stamp((folder / name).stat())
             for tensor, place in _read_header(folder / name).items():
                 if tensor in self.ranges:
                     raise CheckpointError(f"{folder}: tensor {tensor} stands in two shards")
                 self.ranges[tensor] = place
 
     def read_bytes(self, name: str, first: int = 0, num_bytes: int | None = None) -> bytes:
-        """The raw bytes of one tensor, or `num_bytes` of them from byte `first`."""
-        place = self.ranges[name]
-        path = self.folder / place.file
-        count = place.num_bytes - first if num_bytes is None else num_bytes
-        with path.open("rb") as file:
-            file.seek(place.offset + first)
-            content = file.read(count)
-        if len(content) != count:
-            raise CheckpointError(f"{path}: {name} is cut short; fetch the checkpoint again")
-        return content
+        """The raw bytes of one tensor, or `num_bytes` of them from byte `first`.
+
+        Raises:
+            CheckpointError: the file has changed since its header was read.
+        """
+        count = self.ranges[name].num_bytes - first if num_bytes is None else num_bytes
+        with self._open(name, first) as file:
+            return file.read(count)
 
     def read_into(self, name: str, buffer: memoryview, first: int = 0) -> None:
-        """Fills the buffer with the raw bytes of one tensor from byte `first` on."""
-        place = self.ranges[name]
-        path = self.folder / place.file
-        with path.open("rb", buffering=0) as file:
-            file.seek(place.offset + first)
-            while len(buffer):
-                count = file.readinto(buffer)
-                if not count:
-                    raise CheckpointError(
-                        f"{path}: {name} is cut short; fetch the checkpoint again"
-                    )
-                buffer = buffer[count:]
+        """Fills the buffer with raw bytes of one tensor from byte `first` on, as `read_bytes`."""
+        with self._open(name, first) as file:
+            file.readinto(buffer)
 
     def read(self, name: str) -> Tensor:
         """One tensor, owned by the caller."""
         place = self.ranges[name]
         return tensor_from(self.read_bytes(name), place.dtype, place.shape)
+
+    @contextmanager
+    def _open(self, name: str, first: int) -> Iterator[BufferedReader]:
+        """The file at a byte of a tensor; what was read is good if the block ends in peace.
+
+        The headers were held against the files' sizes, so only a change can cut a tensor short.
+        """
+        place = self.ranges[name]
+        path = self.folder / place.file
+        with path.open("rb") as file:
+            file.seek(place.offset + first)
+            yield file
+            if _stamp(os.fstat(file.fileno())) != self._stamps[place.file]:
+                raise CheckpointError(
+                    f"{path}: was changed while it was in use; start again, or fetch it again"
+                )
 
     def _shards(self) -> list[str]:
         index = self.folder / INDEX
@@ -122,6 +132,11 @@ class Checkpoint:
                 "an old one"
             )
         return listed
+
+
+def _stamp(seen: os.stat_result) -> tuple[int, int]:
+    """Changes with a file's contents."""
+    return seen.st_size, seen.st_mtime_ns
 
 
 def tensor_from(content: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:

@@ -29,7 +29,8 @@ from proxymoe.server.relations import LayerRelations, load_relations, mixed
 FEWEST_PICKS, ENOUGH_PICKS = 32, 128
 """How often an expert must be picked on average, and should be. On the shipped model, a plan for a
 quarter or an eighth of the experts keeps, of the energy that the best plan keeps on other text of
-the domain, 93 to 95 % with 32 picks, 98 to 99 % with 128, and hardly more with 512."""
+the domain, 92 to 95 % with 32 picks, 98 to 99 % with 128, and hardly more with 512
+(`python -m proxymoe.simulations.bench_calibration`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ def write_olmoe(folder: Path, shape: Shape, rng: np.random.Generator) -> Path:
     numbers, places = pool.bfloat16(), dict[str, str]()
     for file, shapes in shape.tensors():
         places |= dict.fromkeys(shapes, file)
-        starts = {name: int(rng.integers(POOL)) for name in shapes}
+        starts = {name: int(rng.integers(POOL // 2)) for name in shapes}
         if not (folder / file).exists():
             specs = {name: ("BF16", size) for name, size in shapes.items()}
             contents = (
@@ -102,5 +102,6 @@ def _tensor(numbers: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=numbers.dtype)
     size = shape[0] * shape[1]
-    turns = -(-(start + size) // POOL)
-    return numbers.repeat(turns)[start : start + size].view(shape)
+    if start + size > POOL:
+        numbers = numbers.repeat(-(-(start + size) // POOL))
+    return numbers[start : start + size].view(shape)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from proxymoe.common.checkpoint import INDEX, WEIGHTS
+from proxymoe.common.checkpoint import INDEX, WEIGHTS, Checkpoint
 from proxymoe.common.errors import CheckpointError, PlanError, UnsupportedModel
 from proxymoe.common.files import digest_of
 from proxymoe.common.plan import LayerPlan, Plan
@@ -151,9 +151,108 @@ def test_a_tensor_of_another_shape_than_the_config_says_is_refused(copy):
         BaseCheckpoint(copy)
 
 
-def test_tensors_that_the_model_never_loads_are_left_out(qwen, copy):
-    rewrite(copy, lambda tensors: tensors.update({"model.layers.9.mtp.weight": torch.ones(3)}))
-    assert BaseCheckpoint(copy).digest == qwen.base.digest
+@pytest.mark.parametrize(
+    "name", ["model.layers.9.mtp.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
+)
+def test_heads_for_several_tokens_and_tables_that_are_computed_are_left_out(qwen, copy, name):
+    rewrite(copy, lambda tensors: tensors.update({name: torch.ones(3)}))
+    base = BaseCheckpoint(copy)
+    assert base.digest == qwen.base.digest
+    assert name not in {piece.source for piece in base.pieces}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.experts.8.up_proj.weight", "model.layers.1.mlp.gate.weight_scale"]
+)
+def test_a_tensor_that_belongs_nowhere_is_refused(copy, name):
+    rewrite(copy, lambda tensors: tensors.update({name: torch.ones(3)}))
+    with pytest.raises(CheckpointError, match=rf"{name}"):
+        BaseCheckpoint(copy)
+
+
+def test_a_shard_that_is_left_over_is_refused(copy):
+    save_file({"a": torch.ones(1)}, copy / "model-00002-of-00002.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"shards \['model-00002-of-00002\.safetensors'\] are"
+    ):
+        BaseCheckpoint(copy)
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """A checkpoint that has a second copy of its tied embeddings."""
+    folder = save_tiny("qwen2_moe", tmp_path / "tied", tie_word_embeddings=True)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    return folder
+
+
+def test_a_tied_weight_that_is_stored_twice_is_one_piece(tied):
+    twice = BaseCheckpoint(tied)
+    assert [p.source for p in twice.pieces if p.shape == (128, 64)] == ["model.embed_tokens.weight"]
+    rewrite(tied, lambda tensors: tensors.pop("lm_head.weight"))
+    assert BaseCheckpoint(tied).digest == twice.digest
+
+
+def test_a_tied_weight_that_is_not_the_same_twice_is_refused(tied):
+    rewrite(tied, lambda tensors: tensors["lm_head.weight"].add_(1.0))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight are one weight by config\.json"):
+        BaseCheckpoint(tied)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copy):
+    config = json.loads((copy / "tokenizer.json").read_text())
+    config["model"]["vocab"]["foreign"] = 128
+    (copy / "tokenizer.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"has a token 128, the model's embeddings end at 127"
+    ):
+        BaseCheckpoint(copy)
+
+
+def test_a_broken_tokenizer_is_refused(copy):
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: no tokenizer"):
+        BaseCheckpoint(copy)
+
+
+def test_an_interrupted_index_goes_on_with_the_next_shard(tmp_path, monkeypatch):
+    folder = save_tiny("mixtral", tmp_path / "published", max_shard_size="60KB")
+    read: list[str] = []
+    read_into = Checkpoint.read_into
+
+    def counted(self, name, buffer, first=0):
+        read.append(name)
+        read_into(self, name, buffer, first)
+
+    def interrupt(done, total):
+        if 2 * done > total:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "read_into", counted)
+    with pytest.raises(KeyboardInterrupt):
+        BaseCheckpoint(folder, tmp_path / "cache", interrupt)
+    before, told = set(read), []
+    read.clear()
+    base = BaseCheckpoint(folder, tmp_path / "cache", lambda *step: told.append(step))
+    assert 0 < len(read) < len(base.checkpoint.ranges)
+    assert before | set(read) == set(base.checkpoint.ranges)
+    assert told[-1] == (base.num_bytes, base.num_bytes)
+    assert told == sorted(told)
+    read.clear()
+    assert BaseCheckpoint(folder, tmp_path / "cache").pieces == base.pieces
+    assert read == []
+    assert names(BaseCheckpoint(folder)) == names(base)
+
+
+def test_a_shard_that_is_written_to_after_it_was_indexed_is_refused(qwen, copy, tmp_path):
+    base = BaseCheckpoint(copy)
+    content = (copy / WEIGHTS).read_bytes()
+    (copy / WEIGHTS).write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: was changed while it was in use"
+    ):
+        base.materialise(base.keep_all(), tmp_path / "full")
+    assert not (tmp_path / "full" / WEIGHTS).exists()
 
 
 @pytest.mark.parametrize(

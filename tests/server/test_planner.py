@@ -17,6 +17,7 @@ from proxymoe.common.errors import BudgetError, ConfigError
 from proxymoe.common.files import digest_of
 from proxymoe.common.manifest import Manifest, materialise
 from proxymoe.common.model import TABLES_FILE, load
+from proxymoe.server import prepare
 from proxymoe.server.blobs import read_chunks
 from proxymoe.server.extract import budget_bytes
 from proxymoe.server.planner import Planner, memory_estimate
@@ -30,6 +31,7 @@ from proxymoe.simulations.site import asset
 from proxymoe.simulations.worker import Worker
 from proxymoe.simulations.world import World, open_site
 from tests.doors import NOW
+from tests.reference import same_statistics
 from tests.worlds import tiny_site, write_rows
 
 DOMAINS = ("code", "kitchen", "math")
@@ -139,6 +141,17 @@ def test_the_profile_is_the_simulations_to_the_bit(world, planner):
             found = planner.profile.domains[domain][at]
             assert torch.equal(found.energy, expected.energy)
             assert torch.equal(found.output, expected.output)
+
+
+def test_a_base_model_that_does_not_fit_is_profiled_a_layer_at_a_time(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "WHOLE", 0.0)
+    monkeypatch.setattr(prepare, "load", None)  # nothing loads it whole
+    told = set()
+    run = directory(world, tmp_path / "run")
+    profile = prepare.prepare(run, lambda what, *_: told.add(what)).profile
+    assert told == {"index", "profile", *(f"profile of {domain}" for domain in DOMAINS)}
+    for domain, layers in world.profile.domains.items():
+        assert same_statistics(profile.domains[domain], layers)
 
 
 @pytest.mark.parametrize("mode", ["drop", "random"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from proxymoe.common.checkpoint import write_tensors
-from proxymoe.common.errors import CheckpointError
+from proxymoe.common.errors import CheckpointError, DataError
 from proxymoe.common.experts import expert_state
 from proxymoe.common.model import load
 from proxymoe.common.moe import moe_layers
@@ -15,6 +15,7 @@ from proxymoe.server.profile import (
     Profile,
     load_profile,
     profile_domain,
+    require_tokens,
     save_domain,
 )
 from tests.tiny import assert_near, some_tokens
@@ -160,3 +161,14 @@ def test_damaged_weights_are_found_while_profiling(qwen):
     )
     with pytest.raises(CheckpointError, match="statistics are not finite"):
         profile_domain(loaded, examples_of(9, [10]), 10**6)
+
+
+def test_text_that_is_too_short_for_a_plan_is_refused(qwen):
+    # Eight experts, of which a token picks four: 64 tokens are 32 picks per expert.
+    require_tokens("math", examples_of(1, [64]), 10**6, qwen.full)
+    with pytest.raises(
+        DataError, match=r"'math': 63 tokens.*a plan needs 64 tokens, and 256 to be"
+    ):
+        require_tokens("math", examples_of(1, [63]), 10**6, qwen.full)
+    with pytest.raises(DataError, match=r"'math': 40 tokens.*or raise calibration_tokens"):
+        require_tokens("math", examples_of(1, [40, 40]), 32, qwen.full)
