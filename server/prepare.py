@@ -30,10 +30,10 @@ from proxymoe.server.profile import (
     head,
     load_profile,
     profile_domain,
-    read_whole,
     require_tokens,
     save_domain,
 )
+from proxymoe.server.reading import read_whole
 from proxymoe.server.relations import relate_domain, save_relations
 from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.settings import CoordinatorSettings
@@ -116,44 +116,39 @@ def _profile(
     folder: Path,
     stage: Stage,
 ) -> Profile:
-    """The base model's profile in `folder`; domains that are there already are kept."""
-    settings = run.settings
-    files = {path: folder / f"{path.stem}.safetensors" for path in texts}
-    todo = [path for path in texts if not files[path].exists()]
-    stage("profile", len(texts) - len(todo), len(texts))
-    if todo:
-        torch.set_num_threads(settings.threads)
-        model, read = _model(base, full, compute_dtype(settings.train.dtype))
-        for done, path in enumerate(todo, start=len(texts) - len(todo) + 1):
-            examples = _examples(path, model.tokenizer, settings)
-            require_tokens(path.stem, examples, settings.calibration_tokens, model)
-            told = partial(read, progress=_by_percent(stage, f"profile of {path.stem}"))
-            found, num_tokens = profile_domain(
-                model, examples, settings.calibration_tokens, read=told
-            )
-            save_domain(files[path], base.digest, found, num_tokens)
-            stage("profile", done, len(texts))
-    relations = None
+    """The base model's profile in `folder`; domains that are there already are kept.
+
+    Relations of experts are in a folder beside it, if the mode looks at them.
+    """
+    settings, relations = run.settings, None
     if MODES[settings.extract.mode].relations:
         relations = folder.with_name(folder.name.replace("profile-", "relations-"))
-        _relate(run, full, texts, relations, stage)
+    todo = _missing(texts, folder)
+    unrelated = [] if relations is None else _missing(texts, relations)
+    stage("profile", len(texts) - len(todo), len(texts))
+    if not todo and not unrelated:
+        return load_profile(folder, base.digest, relations)
+    torch.set_num_threads(settings.threads)
+    model, read = _model(base, full, compute_dtype(settings.train.dtype))
+    for done, (path, file) in enumerate(todo, start=len(texts) - len(todo) + 1):
+        examples = _examples(path, model.tokenizer, settings)
+        require_tokens(path.stem, examples, settings.calibration_tokens, model)
+        told = partial(read, progress=_by_percent(stage, f"profile of {path.stem}"))
+        found, num_tokens = profile_domain(model, examples, settings.calibration_tokens, read=told)
+        save_domain(file, base.digest, found, num_tokens)
+        stage("profile", done, len(texts))
+    for done, (path, file) in enumerate(unrelated, start=len(texts) - len(unrelated) + 1):
+        seen = head(_examples(path, model.tokenizer, settings), settings.calibration_tokens)
+        told = partial(read, progress=_by_percent(stage, f"relations in {path.stem}"))
+        save_relations(file, *relate_domain(model, seen, told))
+        stage("relations of experts", done, len(texts))
     return load_profile(folder, base.digest, relations)
 
 
-def _relate(
-    run: RunDirectory, full: Path, texts: Sequence[Path], folder: Path, stage: Stage
-) -> None:
-    """Makes the relations of experts that are missing in `folder`."""
-    settings = run.settings
-    todo = [path for path in texts if not (folder / f"{path.stem}.safetensors").exists()]
-    if not todo:
-        return
-    torch.set_num_threads(settings.threads)
-    loaded = load(full, compute_dtype(settings.train.dtype))
-    for done, path in enumerate(todo, start=len(texts) - len(todo) + 1):
-        examples = head(_examples(path, loaded.tokenizer, settings), settings.calibration_tokens)
-        save_relations(folder / f"{path.stem}.safetensors", *relate_domain(loaded, examples))
-        stage("relations of experts", done, len(texts))
+def _missing(texts: Sequence[Path], folder: Path) -> list[tuple[Path, Path]]:
+    """(text, file that is to be made of it) of the texts of which the folder has none yet."""
+    files = [(path, folder / f"{path.stem}.safetensors") for path in texts]
+    return [(path, file) for path, file in files if not file.exists()]
 
 
 def _model(

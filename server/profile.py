@@ -9,10 +9,10 @@ Shapes: E experts, D hidden size.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ from torch import Tensor
 from proxymoe.common.checkpoint import read_tensors, write_tensors
 from proxymoe.common.errors import CheckpointError, ConfigError, DataError, PlanError
 from proxymoe.common.experts import Observer, expert_state
-from proxymoe.common.loss import predicted_states
 from proxymoe.common.model import LoadedModel
 from proxymoe.common.moe import moe_layers
-from proxymoe.common.text import Batch, Example, packed_batches
+from proxymoe.common.text import Example, packed_batches
+from proxymoe.server.reading import Reader, read_whole
 from proxymoe.server.relations import LayerRelations, load_relations, mixed
 
 FEWEST_PICKS, ENOUGH_PICKS = 32, 128
@@ -128,21 +128,6 @@ class Profile:
     def uniform(self) -> dict[str, float]:
         """The mixture for a device of which nothing is known: every domain alike."""
         return dict.fromkeys(self.domains, 1.0)
-
-
-Reader = Callable[[Any, Sequence[Batch]], Iterator[Batch]]
-"""Runs a model over batches, and yields each that all layers with experts have seen."""
-
-
-def read_whole(
-    model: Any, batches: Sequence[Batch], progress: Callable[[int, int], None] = lambda *_: None
-) -> Iterator[Batch]:
-    """Runs a model that is whole in memory; `progress` is told of the batches done, and of all."""
-    for done, batch in enumerate(batches, start=1):
-        with torch.no_grad():
-            predicted_states(model, batch)
-        yield batch
-        progress(done, len(batches))
 
 
 def profile_domain(

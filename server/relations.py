@@ -9,7 +9,7 @@ Shapes: T tokens, E experts, D hidden size.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from proxymoe.common.checkpoint import read_tensors, write_tensors
 from proxymoe.common.errors import CheckpointError
 from proxymoe.common.experts import all_outputs, valid_tokens
-from proxymoe.common.loss import predicted_states
 from proxymoe.common.model import LoadedModel
 from proxymoe.common.moe import MoELayer, moe_layers
 from proxymoe.common.text import Example, packed_batches
+from proxymoe.server.reading import Reader, read_whole
 
 CHUNK_TOKENS = 128
 """Tokens that all experts are run on at once: (E, T, D) in fp32 is what it takes."""
@@ -99,11 +99,11 @@ def mixed(parts: Sequence[tuple[float, LayerRelations]]) -> LayerRelations:
 def relate_domain(
     loaded: LoadedModel,
     examples: Sequence[Example],
-    progress: Callable[[int], None] = lambda _: None,
+    read: Reader = read_whole,
 ) -> tuple[LayerRelations, int]:
     """Relations in the full model on these examples of one domain, and the number of their tokens.
 
-    `progress` is told the tokens of each batch.
+    `read` runs the model: whole, or one layer at a time (`server/streamed.py`).
 
     Raises:
         CheckpointError: a sum is not finite.
@@ -114,11 +114,8 @@ def relate_domain(
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.enter_context(_watched(layer, sums[layer.position]))
-        for batch in packed_batches(examples):
-            with torch.no_grad():
-                predicted_states(loaded.model, batch)
-            num_tokens += (seen := int(batch.valid.sum()))
-            progress(seen)
+        for batch in read(loaded.model, packed_batches(examples)):
+            num_tokens += int(batch.valid.sum())
     if not all(bool(torch.isfinite(found.square).all()) for found in sums.values()):
         raise CheckpointError("relations of experts are not finite; are the weights damaged?")
     return sums, num_tokens

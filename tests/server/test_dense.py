@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_the_mixture_is_a_base_model_like_any_other(folder, shared, family, tmp_
 
 
 def test_a_head_of_its_own_size_and_tied_embeddings_are_taken_over(tmp_path):
-    changes = {"head_dim": 24, "tie_word_embeddings": True}
+    changes: dict[str, Any] = {"head_dim": 24, "tie_word_embeddings": True}
     folder = save_tiny("llama", tmp_path / "d", dtype=torch.bfloat16, **changes)
     target = made(folder, tmp_path / "m", expert=ExpertKind.COPY)
     assert away(logits(stock(target)).float(), logits(stock(folder)).float()) < 0.02
@@ -147,8 +148,9 @@ def test_a_model_that_is_no_llama_is_refused_by_family(family, tiny):
 
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
 def test_a_bias_is_refused_by_name(bias, tmp_path):
+    changes: dict[str, Any] = {bias: True}
     with pytest.raises(UnsupportedModel, match=f"{bias}; the mixtures have no such bias"):
-        open_dense(save_tiny("llama", tmp_path / "d", **{bias: True}))
+        open_dense(save_tiny("llama", tmp_path / "d", **changes))
 
 
 def test_quantised_weights_are_refused(folder, tmp_path):
