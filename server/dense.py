@@ -10,6 +10,7 @@ Shapes: T tokens, D hidden size.
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +191,13 @@ def mixture_config(dense: PretrainedConfig, recipe: Recipe) -> PretrainedConfig:
     if recipe.expert is ExpertKind.SPLIT:
         each = (neurons - shared) // recipe.num_experts
     if not shared:
-        sizes = {"intermediate_size": each, "num_local_experts": recipe.num_experts}
-        return MixtralConfig(**settings, **sizes, num_experts_per_tok=top_k, sliding_window=None)
+        return MixtralConfig(
+            **settings,
+            intermediate_size=each,
+            num_local_experts=recipe.num_experts,
+            num_experts_per_tok=top_k,
+            sliding_window=None,
+        )
     return Qwen2MoeConfig(
         **settings,
         intermediate_size=neurons,
@@ -311,7 +317,5 @@ def _require_dense(path: Path, config: PretrainedConfig) -> None:
 def _require_gguf(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
-    try:
-        import gguf  # noqa: F401, PLC0415  only for these files, and optional
-    except ImportError as error:
-        raise ConfigError(f"{path}: reading it needs the package gguf: pip install gguf") from error
+    if find_spec("gguf") is None:
+        raise ConfigError(f"{path}: reading it needs the package gguf: pip install gguf")

@@ -148,9 +148,10 @@ def test_a_model_that_is_no_llama_is_refused_by_family(family, tiny):
 
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
 def test_a_bias_is_refused_by_name(bias, tmp_path):
-    changes: dict[str, Any] = {bias: True}
+    biased: dict[str, Any] = {bias: True}
+    folder = save_tiny("llama", tmp_path / "d", **biased)
     with pytest.raises(UnsupportedModel, match=f"{bias}; the mixtures have no such bias"):
-        open_dense(save_tiny("llama", tmp_path / "d", **changes))
+        open_dense(folder)
 
 
 def test_quantised_weights_are_refused(folder, tmp_path):

@@ -1,6 +1,7 @@
 """Dense layers become mixtures: what stays the same, what is lost, and what brings it back."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,9 @@ def said(made, seen):
 def block(weights, top_k):
     """The family's own block with these tensors."""
     num_experts, _, width = weights["experts.down_proj"].shape
-    sizes = {"hidden_size": D, "num_experts_per_tok": top_k}
+    sizes: dict[str, Any] = {"hidden_size": D, "num_experts_per_tok": top_k}
+    made: Any
+    config: Any
     if "shared_expert_gate.weight" not in weights:
         config = MixtralConfig(intermediate_size=width, num_local_experts=num_experts, **sizes)
         made = MixtralSparseMoeBlock(config)
