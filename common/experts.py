@@ -159,7 +159,8 @@ class _SegmentedLinear(torch.autograd.Function):
         for slot, first, end in bounds:
             torch.mm(rows[first:end], weight[slot].T, out=output[first:end])
         ctx.bounds = bounds
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else rows[:0], weight)
+        # Not rows[:0]: a view keeps all of the rows in memory.
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
         return output
 
     @staticmethod
@@ -192,6 +193,42 @@ def all_outputs(experts: nn.Module, hidden: Tensor) -> Tensor:
     return outputs
 
 
+class _Gathered(torch.autograd.Function):
+    """(N, D) rows of all segments: row[i] is hidden[token[i]], the others are zero.
+
+    Autograd's own steps would keep the gathered tokens for the shape of their slope.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, token: Tensor, row: Tensor, num_rows: int) -> Tensor:
+        ctx.num_tokens = hidden.shape[0]
+        ctx.save_for_backward(token, row)
+        rows = hidden.new_zeros(num_rows, hidden.shape[1])
+        return rows.index_copy_(0, row, hidden.index_select(0, token))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,), (token, row) = upstream, ctx.saved_tensors
+        to_hidden = slope.new_zeros(ctx.num_tokens, slope.shape[1])
+        return to_hidden.index_add_(0, token, slope.index_select(0, row)), None, None, None
+
+
+class _Combined(torch.autograd.Function):
+    """(T, D) sum of the outputs (P, D) of each token's picks, times their gates (P,)."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, gates: Tensor, token: Tensor, num_tokens: int) -> Tensor:
+        ctx.save_for_backward(outputs, gates, token)
+        combined = outputs.new_zeros(num_tokens, outputs.shape[1])
+        return combined.index_add_(0, token, outputs * gates[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        outputs, gates, token = ctx.saved_tensors
+        slope = upstream[0].index_select(0, token)
+        return slope * gates[:, None], (slope * outputs).sum(1), None, None
+
+
 def _dispatch(
     experts: nn.Module,
     state: ExpertState,
@@ -206,8 +243,9 @@ def _dispatch(
     assert isinstance(down, Tensor)
     found = _segments(slots, num_slots=down.shape[0])
     token = found.pick // slots.shape[1]
-    rows = hidden.new_zeros(found.num_rows, hidden.shape[1])
-    rows = rows.index_copy(0, found.row, hidden.index_select(0, token))
+    rows: Tensor = _Gathered.apply(  # type: ignore[no-untyped-call]
+        hidden, token, found.row, found.num_rows
+    )
 
     if experts.is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
@@ -233,8 +271,10 @@ def _dispatch(
     picked = gates.reshape(-1)[found.pick]
     if state.observer is not None:
         state.observer(outputs, picked, found.slot)
-    weighted = outputs * picked[:, None].to(outputs.dtype)
-    return torch.zeros_like(hidden).index_add(0, token, weighted.to(hidden.dtype))
+    combined: Tensor = _Combined.apply(  # type: ignore[no-untyped-call]
+        outputs, picked.to(outputs.dtype), token, hidden.shape[0]
+    )
+    return combined.to(hidden.dtype)
 
 
 def _segments(slots: Tensor, num_slots: int) -> _Segments:
