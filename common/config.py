@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from proxymoe.common.errors import ConfigError
 from proxymoe.common.files import canonical_json, digest_of
-from proxymoe.common.plan import RouterMode
+from proxymoe.common.plan import Precision, RouterMode
 from proxymoe.common.privacy_settings import PrivacySettings
 from proxymoe.common.section import Section
 
@@ -65,6 +65,8 @@ class ExtractSettings(Section):
     floor: float = Field(default=0.25, ge=0, le=1)
     """Every layer keeps this share of what a uniform allocation would give it."""
     router: RouterMode = RouterMode.FULL
+    experts: Precision = Precision.BF16
+    """How the device holds its experts; a narrower one makes room for more in the same bytes."""
 
 
 class AdapterSettings(Section):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from proxymoe.common.moe import moe_layers
+from proxymoe.common.quantised import QuantisedWeight, SegmentedQuantised
 
 BACKEND = "proxymoe"
 SMALL_STEP, LARGE_STEP, LARGE_ROWS = 32, 128, 256
@@ -238,17 +239,13 @@ def _dispatch(
     native: Tensor | None = None,
 ) -> Tensor:
     """(T, D). `native` (T, K): which picks adapters act on; None is all."""
-    gate_up, down = experts.gate_up_proj, experts.down_proj
-    assert isinstance(gate_up, Tensor)
-    assert isinstance(down, Tensor)
+    gate_up, down = _weight(experts, "gate_up_proj"), _weight(experts, "down_proj")
     found = _segments(slots, num_slots=down.shape[0])
     token = found.pick // slots.shape[1]
     rows: Tensor = _Gathered.apply(  # type: ignore[no-untyped-call]
         hidden, token, found.row, found.num_rows
     )
 
-    if experts.is_transposed:
-        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     inner = _segmented(rows, gate_up, found)
     if experts.has_bias:
         bias = experts.get_parameter("gate_up_proj_bias")
@@ -300,10 +297,18 @@ def _own_rows(found: _Segments, native: Tensor) -> Tensor:
     return own.index_copy(0, found.row, native.reshape(-1, 1)[found.pick].float())
 
 
-def _segmented(rows: Tensor, weight: Tensor, segments: _Segments) -> Tensor:
-    output: Tensor = _SegmentedLinear.apply(  # type: ignore[no-untyped-call]
-        rows, weight, segments.bounds
-    )
+def _weight(experts: nn.Module, name: str) -> Tensor | QuantisedWeight:
+    """(S, out, in), whichever way round the family stores it."""
+    weight = getattr(experts, name)
+    if isinstance(weight, QuantisedWeight):
+        return weight
+    assert isinstance(weight, Tensor)
+    return weight.transpose(1, 2) if experts.is_transposed else weight
+
+
+def _segmented(rows: Tensor, weight: Tensor | QuantisedWeight, segments: _Segments) -> Tensor:
+    linear = SegmentedQuantised if isinstance(weight, QuantisedWeight) else _SegmentedLinear
+    output: Tensor = linear.apply(rows, weight, segments.bounds)  # type: ignore[no-untyped-call]
     return output
 
 

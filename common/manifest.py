@@ -16,10 +16,23 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoConfig, PretrainedConfig
 
-from proxymoe.common.checkpoint import WEIGHTS, bytes_of, tensor_from, write_checkpoint
+from proxymoe.common.checkpoint import (
+    DTYPE_NAMES,
+    WEIGHTS,
+    bytes_of,
+    tensor_from,
+    write_checkpoint,
+)
 from proxymoe.common.errors import CheckpointError, IntegrityError, UnsupportedModel
 from proxymoe.common.files import digest_of, write_bytes, write_json
-from proxymoe.common.plan import PLAN_FILE, Plan, RouterMode
+from proxymoe.common.plan import PLAN_FILE, Plan, Precision, RouterMode
+from proxymoe.common.quantised import (
+    CODE_TYPES,
+    SCALE_TYPE,
+    quantise,
+    quantised_bytes,
+    quantised_shapes,
+)
 
 Part = Literal["whole", "gate", "up", "down"]
 HASHING_THREADS = min(4, os.cpu_count() or 1)
@@ -73,8 +86,9 @@ class Manifest(BaseModel):
     @property
     def num_bytes(self) -> int:
         """Bytes of all weights of the proxy submodel."""
-        sliced = self.plan.router is RouterMode.SLICED
-        return sum(_held_bytes(p, self.plan) if sliced else p.num_bytes for p in self.pieces)
+        if self.plan.router is RouterMode.SLICED:
+            return sum(_sliced_bytes(piece, self.plan) for piece in self.pieces)
+        return sum(held_bytes(piece, self.plan.experts) for piece in self.pieces)
 
 
 def materialise(
@@ -105,16 +119,17 @@ def materialise(
         write_bytes(folder / name, content)
     write_json(folder / "config.json", manifest.config)
     write_bytes(folder / PLAN_FILE, plan.model_dump_json(indent=1).encode())
-    specs = {target: (ps[0].dtype, _fused_shape(ps, plan)) for target, ps in groups.items()}
+    specs = {name: spec for ps in groups.values() for name, spec in _specs(ps, plan).items()}
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         contents = (
             (((piece, read_piece(piece)) for piece in pieces) for pieces in groups.values())
             if known_good
             else _checked(groups.values(), read_piece, pool)
         )
-        write_checkpoint(
-            folder / WEIGHTS, specs, ((_cut(*part, plan) for part in parts) for parts in contents)
-        )
+        # Contents first: what they check last, they check when they are asked once too often.
+        both = zip(contents, groups.values(), strict=True)
+        tensors = (tensor for parts, ps in both for tensor in _tensors(ps, parts, plan))
+        write_checkpoint(folder / WEIGHTS, specs, tensors)
     return folder
 
 
@@ -176,6 +191,37 @@ def _require_digest(name: str, content: bytes, digest: str) -> None:
         )
 
 
+def held_bytes(piece: Piece, experts: Precision) -> int:
+    """Bytes of a piece as a device holds it: matrices of experts may be quantised."""
+    is_quantised = experts is not Precision.BF16 and _is_expert_matrix(piece)
+    return quantised_bytes(piece.shape, experts) if is_quantised else piece.num_bytes
+
+
+def _specs(pieces: list[Piece], plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{name: (dtype name, shape)} of what is written for the pieces of one target."""
+    first, shape = pieces[0], _fused_shape(pieces, plan)
+    if not _is_quantised(first, plan):
+        return {first.target: (first.dtype, shape)}
+    codes, scales = quantised_shapes(shape, plan.experts)
+    types = DTYPE_NAMES[CODE_TYPES[plan.experts]], DTYPE_NAMES[SCALE_TYPE]
+    return {
+        f"{first.target}.codes": (types[0], codes),
+        f"{first.target}.scales": (types[1], scales),
+    }
+
+
+def _tensors(
+    pieces: list[Piece], parts: Iterable[tuple[Piece, bytes]], plan: Plan
+) -> Iterator[Iterable[bytes]]:
+    """The bytes of each tensor that is written for the pieces of one target; see `_specs`."""
+    if not _is_quantised(pieces[0], plan):
+        yield (_cut(piece, content, plan) for piece, content in parts)
+        return
+    weights = (tensor_from(content, piece.dtype, piece.shape) for piece, content in parts)
+    quantised = [tuple(map(bytes_of, quantise(each, plan.experts))) for each in weights]
+    yield from zip(*quantised, strict=True)
+
+
 def _cut(piece: Piece, content: bytes, plan: Plan) -> bytes:
     """The bytes of a piece in this plan: router tensors lose rows under a sliced router."""
     if piece.expert_dim is None or piece.layer is None or plan.router is not RouterMode.SLICED:
@@ -185,9 +231,17 @@ def _cut(piece: Piece, content: bytes, plan: Plan) -> bytes:
     return bytes_of(tensor.index_select(piece.expert_dim, kept))
 
 
-def _held_bytes(piece: Piece, plan: Plan) -> int:
+def _is_quantised(piece: Piece, plan: Plan) -> bool:
+    return plan.experts is not Precision.BF16 and _is_expert_matrix(piece)
+
+
+def _is_expert_matrix(piece: Piece) -> bool:
+    return piece.expert is not None and len(piece.shape) == 2
+
+
+def _sliced_bytes(piece: Piece, plan: Plan) -> int:
     if piece.expert_dim is None or piece.layer is None:
-        return piece.num_bytes
+        return held_bytes(piece, plan.experts)
     layer = plan.layers[piece.layer]
     return piece.num_bytes * len(layer.kept) // layer.num_experts
 

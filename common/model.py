@@ -26,7 +26,8 @@ from proxymoe.common.experts import Redirect, expert_state, install_backend
 from proxymoe.common.manifest import read_config
 from proxymoe.common.moe import keep_experts, moe_layers, slice_router
 from proxymoe.common.norm import install_norms
-from proxymoe.common.plan import LayerPlan, Others, Plan, RouterMode, read_plan
+from proxymoe.common.plan import LayerPlan, Others, Plan, Precision, RouterMode, read_plan
+from proxymoe.common.quantised import hold_quantised
 from proxymoe.common.summed_router import install_summed_router
 
 TABLES_FILE = "tables.safetensors"
@@ -170,6 +171,8 @@ class _ProxyMixin:
             if cut["router"] == RouterMode.SLICED.value:
                 slice_router(layer, num_kept)
             keep_experts(layer, num_kept)
+            if (precision := Precision(cut.get("experts", Precision.BF16))) is not Precision.BF16:
+                hold_quantised(layer.experts, precision)
 
 
 _proxy_classes: dict[Any, Any] = {}

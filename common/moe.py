@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from proxymoe.common.errors import UnsupportedModel
+from proxymoe.common.quantised import QuantisedWeight
 
 ROUTER_NAMES = ("gate", "router")
 SHARED_EXPERT_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
@@ -61,7 +62,7 @@ class MoELayer:
     @property
     def num_experts(self) -> int:
         """Experts held by the block at this moment: all of them, or those a plan kept."""
-        return int(_parameter(self.experts, "down_proj").shape[0])
+        return self._down_shape[0]
 
     @property
     def num_routed(self) -> int:
@@ -80,12 +81,16 @@ class MoELayer:
     @property
     def hidden_size(self) -> int:
         """D."""
-        return int(_parameter(self.experts, "down_proj").shape[2 if self.transposed else 1])
+        return self._down_shape[2 if self.transposed else 1]
 
     @property
     def inner_size(self) -> int:
         """I."""
-        return int(_parameter(self.experts, "down_proj").shape[1 if self.transposed else 2])
+        return self._down_shape[1 if self.transposed else 2]
+
+    @property
+    def _down_shape(self) -> tuple[int, ...]:
+        return _tensor_shapes(self.experts)["down_proj"]
 
     def router_tensors(self) -> dict[str, int]:
         """{name relative to the block: dimension indexed by expert} of every router tensor.
@@ -247,11 +252,11 @@ def _assert_supported(layer: MoELayer) -> None:
             f"{layer.name}: router and experts are children of the decoder layer itself, beside "
             f"{mixers[0]}; supported are those in a block of their own"
         )
-    parameters = dict(experts.named_parameters(recurse=False))
+    found = _tensor_shapes(experts)
     weights = {"gate_up_proj", "down_proj"}
-    if set(parameters) not in (weights, weights | {f"{name}_bias" for name in weights}):
+    if set(found) not in (weights, weights | {f"{name}_bias" for name in weights}):
         raise UnsupportedModel(
-            f"{layer.name}: experts hold {sorted(parameters)}; supported are gated experts fused "
+            f"{layer.name}: experts hold {sorted(found)}; supported are gated experts fused "
             "as gate_up_proj and down_proj, with a bias each or without"
         )
     for flag, wanted in LAYOUT_FLAGS.items():
@@ -261,7 +266,7 @@ def _assert_supported(layer: MoELayer) -> None:
                 f"{getattr(experts, flag, 'unknown')}; supported is {wanted}, as transformers' "
                 "use_experts_implementation says it"
             )
-    shapes = {name: tuple(parameters[name].shape) for name in sorted(weights)}
+    shapes = {name: found[name] for name in sorted(weights)}
     if any(len(shape) != 3 for shape in shapes.values()) or shapes != _expert_shapes(layer):
         wanted_shapes = (
             "(E, D, 2I) and (E, I, D)" if layer.transposed else "(E, 2I, D) and (E, D, I)"
@@ -281,11 +286,11 @@ def _expert_shapes(layer: MoELayer) -> dict[str, tuple[int, ...]]:
     return {"down_proj": (held, hidden, inner), "gate_up_proj": (held, 2 * inner, hidden)}
 
 
-def _parameter(module: nn.Module, name: str) -> torch.Tensor:
-    tensor = getattr(module, name)
-    if not isinstance(tensor, torch.Tensor):
-        raise UnsupportedModel(f"{type(module).__name__}.{name} is no tensor")
-    return tensor
+def _tensor_shapes(experts: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of an experts module's tensors, quantised or not: what they stand for."""
+    held = {n: m for n, m in experts.named_children() if isinstance(m, QuantisedWeight)}
+    plain = dict(experts.named_parameters(recurse=False))
+    return {name: tuple(map(int, tensor.shape)) for name, tensor in (plain | held).items()}
 
 
 def _linears(prefix: str, root: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

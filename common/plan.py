@@ -42,6 +42,15 @@ class RouterMode(StrEnum):
     rest is masked, as in LiteMoE: r' = r·M."""
 
 
+class Precision(StrEnum):
+    """How a device holds the weights of routed experts; see `common/quantised.py`."""
+
+    BF16 = "bf16"
+    """As the base model's checkpoint has them, which is bf16 as a rule."""
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class LayerPlan(BaseModel):
     """The kept experts of one MoE layer."""
 
@@ -85,6 +94,8 @@ class Plan(BaseModel):
     """By number of the decoder layer."""
     router: RouterMode = Field(default=RouterMode.FULL, strict=False)
     others: Others = Field(default=Others.DROP, strict=False)
+    experts: Precision = Field(default=Precision.BF16, strict=False)
+    """A submodel with quantised experts is another one, also if it keeps them all."""
     mode: str = "drop"
     """How it was made; provenance only."""
     tables: str | None = None
@@ -106,6 +117,8 @@ class Plan(BaseModel):
             )
         if self.router is RouterMode.SUMMED and self.others is not Others.MERGE:
             raise ValueError("a summed router goes with merged experts only; use router = 'full'")
+        if self.others is Others.MERGE and self.experts is not Precision.BF16:
+            raise ValueError(f"merged experts are not held in {self.experts}; use experts = 'bf16'")
         return self
 
     @property
@@ -125,8 +138,13 @@ class Plan(BaseModel):
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the proxy submodel is the whole base model."""
+        """Whether the proxy submodel has every expert of the base model."""
         return all(len(layer.kept) == layer.num_experts for layer in self.layers.values())
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the proxy submodel is the base model itself, in every bit."""
+        return self.keeps_all and self.experts is Precision.BF16
 
     def require_base(self, base: str) -> None:
         """Raises PlanError unless this plan was made for the base model with that digest."""
@@ -137,13 +155,13 @@ class Plan(BaseModel):
             )
 
 
-def keep_all(base: str, num_experts: dict[int, int]) -> Plan:
+def keep_all(base: str, num_experts: dict[int, int], experts: Precision = Precision.BF16) -> Plan:
     """The plan whose proxy submodel is the full model; `num_experts` by decoder layer."""
     layers = {
         position: LayerPlan(num_experts=count, kept=tuple(range(count)))
         for position, count in num_experts.items()
     }
-    return Plan(base=base, layers=layers, mode="all")
+    return Plan(base=base, layers=layers, experts=experts, mode="all")
 
 
 def read_plan(folder: Path) -> Plan:

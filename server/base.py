@@ -16,9 +16,16 @@ from proxymoe.common.checkpoint import WEIGHTS, Checkpoint, tensor_from
 from proxymoe.common.errors import CheckpointError, PlanError, UnsupportedModel
 from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.head import output_head
-from proxymoe.common.manifest import COMPANIONS, Manifest, Piece, materialise, read_config
+from proxymoe.common.manifest import (
+    COMPANIONS,
+    Manifest,
+    Piece,
+    held_bytes,
+    materialise,
+    read_config,
+)
 from proxymoe.common.moe import moe_layers
-from proxymoe.common.plan import Plan, keep_all
+from proxymoe.common.plan import Plan, Precision, keep_all
 from proxymoe.server.index import Progress, index
 from proxymoe.server.roles import Roles
 
@@ -89,10 +96,14 @@ class BaseCheckpoint:
     @cached_property
     def expert_bytes(self) -> dict[int, int]:
         """Bytes of one expert, by decoder layer."""
+        return self.held_expert_bytes(Precision.BF16)
+
+    def held_expert_bytes(self, experts: Precision) -> dict[int, int]:
+        """Bytes of one expert as a device holds it, by decoder layer."""
         sizes = dict.fromkeys(self.layers, 0)
         for piece in self.pieces:
             if piece.expert == 0 and piece.layer is not None:
-                sizes[piece.layer] += piece.num_bytes
+                sizes[piece.layer] += held_bytes(piece, experts)
         return sizes
 
     def expert(self, at: int, expert: int) -> dict[str, Tensor]:
@@ -112,9 +123,9 @@ class BaseCheckpoint:
                 found.setdefault((piece.layer, piece.expert), []).append(piece)
         return found
 
-    def keep_all(self) -> Plan:
+    def keep_all(self, experts: Precision = Precision.BF16) -> Plan:
         """The plan of the full model."""
-        return keep_all(self.digest, self.num_experts)
+        return keep_all(self.digest, self.num_experts, experts)
 
     def manifest(self, plan: Plan) -> Manifest:
         """The listing of the proxy submodel with this plan; PlanError if it is for another base."""
@@ -133,12 +144,13 @@ class BaseCheckpoint:
             or (piece.layer is not None and piece.expert in kept[piece.layer])
         ]
         config = json.loads(json.dumps(self.config.to_dict()))  # as it will be read back
-        if not plan.keeps_all:
+        if not plan.is_base:
             config["proxy_moe"] = {
                 "version": 1,
                 "base": self.digest,
                 "plan": plan.digest,
                 "router": plan.router.value,
+                "experts": plan.experts.value,
                 "layers": {str(at): len(layer.kept) for at, layer in plan.layers.items()},
             }
         return Manifest(plan=plan, config=config, pieces=tuple(pieces), companions=self._companions)

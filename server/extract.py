@@ -72,12 +72,13 @@ def budget_bytes(base: BaseCheckpoint, settings: ExtractSettings) -> int:
     """The budget in bytes: as given, or trunk plus the asked fraction of all experts."""
     if settings.budget_bytes is not None:
         return settings.budget_bytes
-    total = sum(base.num_experts[at] * size for at, size in base.expert_bytes.items())
+    cost = base.held_expert_bytes(settings.experts)
+    total = sum(base.num_experts[at] * size for at, size in cost.items())
     return base.trunk_bytes + round(settings.kept_fraction * total)
 
 
 def _room(base: BaseCheckpoint, mode: Mode, settings: ExtractSettings) -> Room:
-    budget, cost = budget_bytes(base, settings), base.expert_bytes
+    budget, cost = budget_bytes(base, settings), base.held_expert_bytes(settings.experts)
     fixed = base.trunk_bytes + mode.table_bytes(base)
     smallest = fixed + sum(cost.values())
     if budget < smallest:
@@ -108,6 +109,7 @@ def _plan(base: BaseCheckpoint, choice: Choice, settings: ExtractSettings) -> Pl
         layers=layers,
         router=settings.router,
         others=choice.others,
+        experts=settings.experts,
         mode=settings.mode.value,
         tables=digest_of(*contents) if contents else None,
     )

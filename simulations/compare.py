@@ -251,7 +251,7 @@ def _plans(
 
 def plugged_cell(name: str, plan: Plan, vector: np.ndarray) -> Cell:
     """A worker's job: measures a federated adapter on one device's test rows."""
-    whole = plan.keeps_all
+    whole = plan.is_base
     return _qualities(
         base=base_quality(name, "own"),
         base_all=base_quality(name, "all"),

@@ -38,7 +38,7 @@ from proxymoe.common.model import (
     redirects,
 )
 from proxymoe.common.moe import moe_layers
-from proxymoe.common.plan import Plan, RouterMode
+from proxymoe.common.plan import Plan, Precision, RouterMode
 from proxymoe.common.text import Example, Examples, collate, packed_batches
 from proxymoe.server import canary
 from proxymoe.server.merging import merges_adapters, returned_home
@@ -76,18 +76,19 @@ class Worker:
             layer.position: dict(layer.experts.named_parameters(recurse=False))
             for layer in moe_layers(self.full.model)
         }
-        self._sliced: tuple[str, LoadedModel] | None = None
+        self._apart: tuple[str, LoadedModel] | None = None
         self.tokenised = lru_cache(maxsize=None)(self._tokenised)
         self.candidates = lru_cache(maxsize=None)(self._candidates)
         self.public = lru_cache(maxsize=None)(self._public)
 
     def mounted(self, plan: Plan | None) -> LoadedModel:
         """The submodel of a plan, valid until the next call; None is the full model."""
-        if plan is not None and plan.router is not RouterMode.FULL:
-            if self._sliced is None or self._sliced[0] != plan.digest:
+        if plan is not None and _is_apart(plan):
+            if self._apart is None or self._apart[0] != plan.digest:
+                self._apart = None  # before the next one is there
                 dtype = compute_dtype(self.site.experiment.train.dtype)
-                self._sliced = (plan.digest, load(self.site.submodels / plan.digest, dtype))
-            return self._sliced[1]
+                self._apart = (plan.digest, load(self.site.submodels / plan.digest, dtype))
+            return self._apart[1]
         found: dict[int, Redirect] = {}
         merged: dict[int, dict[str, torch.Tensor]] = {}
         if plan is not None:
@@ -306,6 +307,11 @@ def obey() -> None:
             os._exit(1)
 
     threading.Thread(target=leave_with_run, name="orphan-watch", daemon=True).start()
+
+
+def _is_apart(plan: Plan) -> bool:
+    """Whether a submodel has tensors that the full model lacks, and so is a model of its own."""
+    return plan.router is not RouterMode.FULL or plan.experts is not Precision.BF16
 
 
 def _device(worker: Worker, name: str, plan: Plan, loaded: LoadedModel) -> Device:
