@@ -13,10 +13,9 @@ from proxymoe.common.offline import go_offline
 go_offline()
 
 import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.progress import Progress, TaskID  # noqa: E402
 
-from proxymoe.common.errors import ConfigError, ProxyMoEError  # noqa: E402
+from proxymoe.common.errors import ConfigError  # noqa: E402
 from proxymoe.common.keys_at_rest import PASSPHRASE_FILE, passphrase  # noqa: E402
 from proxymoe.common.tickets import new_token, secret_digest  # noqa: E402
 from proxymoe.server import tables  # noqa: E402
@@ -24,16 +23,19 @@ from proxymoe.server.begin import settings_of  # noqa: E402
 from proxymoe.server.devices import Devices  # noqa: E402
 from proxymoe.server.flower import SuperLink  # noqa: E402
 from proxymoe.server.lock import is_held  # noqa: E402
+from proxymoe.server.plan_verb import plan  # noqa: E402
 from proxymoe.server.run_directory import RunDirectory  # noqa: E402
 from proxymoe.server.serve import supervised  # noqa: E402
 from proxymoe.server.status import rounds, serve_lock, status  # noqa: E402
+from proxymoe.server.told import console  # noqa: E402
+from proxymoe.server.told import run_at as _run  # noqa: E402
+from proxymoe.server.told import told as _told  # noqa: E402
 from proxymoe.server.upcycle_cli import upcycle  # noqa: E402
 
-INTERRUPTED = 130
 HOUR = 3600.0
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(soft_wrap=True, highlight=False)
+app.command()(plan)
 
 Directory = Annotated[Path, typer.Argument(metavar="D", help="The run directory.")]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")]
@@ -283,35 +285,11 @@ def main() -> None:
     app()
 
 
-def _run(directory: Path) -> RunDirectory:
-    """A run directory that exists; ConfigError otherwise, before anything is written in it."""
-    run = RunDirectory(directory.absolute())
-    _ = run.settings
-    return run
-
-
 @contextmanager
 def _devices(directory: Path) -> Iterator[tuple[RunDirectory, Devices]]:
     run = _run(directory)
     with closing(Devices(run.devices_db)) as devices:
         yield run, devices
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """A user's mistake ends in one line and exit code 1, an interrupt in INTERRUPTED."""
-    try:
-        yield
-    except ProxyMoEError as error:
-        console.print(f"[red]error:[/] {error}", markup=True)
-        raise typer.Exit(1) from None
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        console.print(f"[red]error:[/] {error.strerror or error}{where}")
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted[/]")
-        raise typer.Exit(INTERRUPTED) from None
 
 
 app.command()(_told()(upcycle))

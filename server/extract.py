@@ -72,15 +72,29 @@ def budget_bytes(base: BaseCheckpoint, settings: ExtractSettings) -> int:
     """The budget in bytes: as given, or trunk plus the asked fraction of all experts."""
     if settings.budget_bytes is not None:
         return settings.budget_bytes
+    experts = (
+        largest_bytes(base, settings) - base.trunk_bytes - MODES[settings.mode].table_bytes(base)
+    )
+    return base.trunk_bytes + round(settings.kept_fraction * experts)
+
+
+def smallest_bytes(base: BaseCheckpoint, settings: ExtractSettings) -> int:
+    """Bytes of trunk and one expert per layer."""
+    experts = sum(base.held_expert_bytes(settings.experts).values())
+    return base.trunk_bytes + MODES[settings.mode].table_bytes(base) + experts
+
+
+def largest_bytes(base: BaseCheckpoint, settings: ExtractSettings) -> int:
+    """Bytes of trunk and all experts."""
     cost = base.held_expert_bytes(settings.experts)
-    total = sum(base.num_experts[at] * size for at, size in cost.items())
-    return base.trunk_bytes + round(settings.kept_fraction * total)
+    experts = sum(base.num_experts[at] * size for at, size in cost.items())
+    return base.trunk_bytes + MODES[settings.mode].table_bytes(base) + experts
 
 
 def _room(base: BaseCheckpoint, mode: Mode, settings: ExtractSettings) -> Room:
     budget, cost = budget_bytes(base, settings), base.held_expert_bytes(settings.experts)
     fixed = base.trunk_bytes + mode.table_bytes(base)
-    smallest = fixed + sum(cost.values())
+    smallest = smallest_bytes(base, settings)
     if budget < smallest:
         raise BudgetError(
             f"a budget of {budget:,} bytes cannot hold the trunk ({base.trunk_bytes:,} bytes) and "

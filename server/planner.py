@@ -6,7 +6,6 @@ checkpoint; there is no second copy of them. Only a manifest, and a `mean` plan'
 are files of their own.
 """
 
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -17,22 +16,20 @@ import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
-from proxymoe.common.adapter import AdapterLayout, adapter_layout
+from proxymoe.common.adapter import adapter_layout
 from proxymoe.common.assignment import Application, Assignment, Blob
 from proxymoe.common.checkpoint import write_tensors
-from proxymoe.common.config import TrainSettings
 from proxymoe.common.domains import changed_enough
 from proxymoe.common.errors import CheckpointError, ConfigError
 from proxymoe.common.files import canonical_json, digest_of, write_bytes
-from proxymoe.common.loss import CHUNK_ROWS
 from proxymoe.common.manifest import Manifest
 from proxymoe.common.model import TABLES_FILE, compute_dtype
 from proxymoe.common.plan import Plan
-from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.blobs import BlobPlace
 from proxymoe.server.canary import Canary
 from proxymoe.server.devices import Devices
 from proxymoe.server.extract import Extraction, budget_bytes, extract
+from proxymoe.server.fit import predicted_peak
 from proxymoe.server.members import Members
 from proxymoe.server.merging import require_identity
 from proxymoe.server.places import Places
@@ -40,12 +37,6 @@ from proxymoe.server.prepare import Stage, prepare
 from proxymoe.server.promise import noise_of
 from proxymoe.server.round import Federation, Member
 from proxymoe.server.run_directory import RunDirectory
-
-RUNTIME_BYTES = 450_000_000
-"""Python, torch and transformers on a device, before the model."""
-KEPT_STATES, KEPT_INNER = 24, 6
-"""How many vectors of the hidden size a decoder layer keeps per token for the backward pass, and
-of an expert's inner size per token and expert; fitted to what jobs on the shipped model took."""
 
 
 class Planner:
@@ -99,7 +90,7 @@ class Planner:
                     else:
                         named = self._digests(manifest)
                         self.devices.keep_plan(device, application, plan, manifest, named)
-            return self._assignment(device, plan, manifest)
+            return self._assignment(device, plan, manifest, self._mixture(application))
 
     def allowed(self, device: str, digest: str) -> bool:
         """Whether an enrolled device may have the blob with this digest: its plan's, or the table.
@@ -151,12 +142,15 @@ class Planner:
         drifted = changed_enough(old.mixture, new.mixture, self._settings.replan_threshold)
         return drifted or old.budget_bytes != new.budget_bytes
 
+    def _mixture(self, application: Application) -> dict[str, float]:
+        if application.mixture is not None:
+            return application.mixture
+        named, known = application.domain, self.profile.domains
+        return {named: 1.0} if named in known else self.profile.uniform()
+
     def _cut(self, device: str, application: Application) -> Extraction:
         settings = self._settings
-        mixture = application.mixture
-        if mixture is None:
-            named, known = application.domain, self.profile.domains
-            mixture = {named: 1.0} if named in known else self.profile.uniform()
+        mixture = self._mixture(application)
         own = budget_bytes(self.base, settings.extract)
         budget = own
         if application.budget_bytes is not None:
@@ -209,9 +203,12 @@ class Planner:
             finally:
                 store.database.execute("ROLLBACK")
 
-    def _assignment(self, device: str, plan: Plan, digest: str) -> Assignment:
+    def _assignment(
+        self, device: str, plan: Plan, digest: str, mixture: dict[str, float]
+    ) -> Assignment:
         settings, manifest = self._settings, self._listed(digest)
-        held = self.layout.held_under(plan)
+        held, train = self.layout.held_under(plan), settings.train
+        peak = predicted_peak(self.base, self.profile, plan, self.layout, mixture, train)
         cohort = settings.federation.cohort_size or self.devices.num_enrolled()
         return Assignment(
             run=settings.run,
@@ -225,7 +222,7 @@ class Planner:
             companions={each: self.places[each].num_bytes for each in manifest.companions.values()},
             table=self.table,
             model_bytes=sum(piece.num_bytes for piece in manifest.pieces),
-            memory_bytes=memory_estimate(self.base, manifest, held, settings.train),
+            memory_bytes=peak.peak,
             train=settings.train,
             clip_norm=settings.federation.clip_norm,
             cohort_size=settings.round_rules.needed(cohort),
@@ -244,30 +241,6 @@ class Planner:
                     f"{self._run.path} belongs to base model {plan.base[:12]}, and base_model is "
                     f"{self.base.digest[:12]}; make another run directory for that"
                 )
-
-
-def memory_estimate(
-    base: BaseCheckpoint, manifest: Manifest, layout: AdapterLayout, train: TrainSettings
-) -> int:
-    """Peak bytes of a training job on a device: an estimate from sizes, until one has measured it.
-
-    Python and torch; the weights; 16 bytes per trained number (itself, its gradient, two moments);
-    what the backward pass needs of every token and layer, if all rows are as long as they may be;
-    and the logits of a chunk, with their gradient. On the shipped model, full rows measure within
-    a third of it; shorter rows take less, and weights that a device widens to fp32 take more.
-    """
-    width = 4 if train.dtype == "float32" else 2
-    config, layer = base.config.get_text_config(), next(iter(base.layers.values()))
-    per_token = (
-        KEPT_STATES * layer.hidden_size
-        + KEPT_INNER * layer.top_k * layer.inner_size
-        + 2 * config.num_attention_heads * train.max_tokens
-    )
-    tokens = train.batch_size * train.max_tokens * config.num_hidden_layers
-    kept: int = width * tokens * per_token // (2 if train.gradient_checkpointing else 1)
-    weights = width * sum(math.prod(piece.shape) for piece in manifest.pieces)
-    logits = 3 * 4 * CHUNK_ROWS * int(config.vocab_size)
-    return RUNTIME_BYTES + weights + 16 * layout.size + kept + logits
 
 
 def _blob(path: Path) -> Blob:
