@@ -20,7 +20,8 @@ from proxymoe.common.model import TABLES_FILE, load
 from proxymoe.server import prepare
 from proxymoe.server.blobs import read_chunks
 from proxymoe.server.extract import budget_bytes
-from proxymoe.server.planner import Planner, memory_estimate
+from proxymoe.server.fit import predicted_peak
+from proxymoe.server.planner import Planner
 from proxymoe.server.profile import load_profile
 from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.settings import CoordinatorSettings
@@ -375,18 +376,14 @@ def test_the_table_is_of_the_public_domains(planner):
     assert table.vocab_size == planner.base.config.vocab_size
 
 
-def test_longer_rows_larger_batches_and_wider_numbers_take_more_memory(planner):
-    train = planner._settings.train.model_copy(update={"dtype": "bfloat16"})
-    manifest = planner.base.manifest(planner.base.keep_all())
-
-    def estimate(**changes):
-        changed = train.model_copy(update=changes)
-        return memory_estimate(planner.base, manifest, planner.layout, changed)
-
-    assert estimate() > planner.base.num_bytes
-    for more in ({"batch_size": 4}, {"max_tokens": 96}, {"dtype": "float32"}):
-        assert estimate(**more) > estimate()
-    assert estimate(gradient_checkpointing=True) < estimate()
+def test_a_device_is_told_the_peak_that_its_budget_would_have(planner):
+    application = Application(domain="math")
+    assignment = planner.assign("kitchen", application)
+    plan, train = planner.devices.plan_of("kitchen"), planner._settings.train
+    found = predicted_peak(
+        planner.base, planner.profile, plan, planner.layout, {"math": 1.0}, train
+    )
+    assert assignment.memory_bytes == found.peak > assignment.model_bytes
 
 
 def test_preparing_is_told_of_goes_on_where_it_was_and_is_done_once(world, tmp_path):
