@@ -2,16 +2,16 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from proxymoe.common.adapter import AdapterLayout, Block
 from proxymoe.common.budget import Held, LayerSizes, Sizes
-from proxymoe.common.manifest import Manifest, held_bytes
+from proxymoe.common.manifest import Piece, held_bytes
 from proxymoe.common.moe import MoELayer, attention_linears, moe_layers, writes_to_stream
-from proxymoe.common.plan import Precision
+from proxymoe.common.plan import Plan, Precision
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
@@ -35,21 +35,27 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
 
 
 def held_under(
-    manifest: Manifest, sizes: Sizes, layout: AdapterLayout, picks: Mapping[int, float], width: int
+    pieces: Sequence[Piece],
+    plan: Plan,
+    sizes: Sizes,
+    layout: AdapterLayout,
+    picks: Mapping[int, float],
+    width: int,
 ) -> Held:
-    """What a device holds under the plan of a manifest.
+    """What a device holds under a plan.
 
     Args:
-        manifest: of the submodel.
+        pieces: of the submodel.
+        plan: says which experts are kept, and how they are held.
         sizes: of the base model.
         layout: of the adapter on this submodel.
         picks: kept experts that a token is sent to, by number of the decoder layer.
         width: bytes of a number while computing; weights are widened to it, codes are not.
     """
-    plan, rank = manifest.plan, layout.rank
+    rank = layout.rank
     is_narrow = plan.experts is not Precision.BF16
-    trunk = [piece for piece in manifest.pieces if piece.expert is None]
-    experts = [piece for piece in manifest.pieces if piece.expert is not None]
+    trunk = [piece for piece in pieces if piece.expert is None]
+    experts = [piece for piece in pieces if piece.expert is not None]
     linears = [block for block in layout.blocks if block.expert is None]
     in_experts = {b.module: b for b in layout.blocks if b.expert is not None}.values()
     modules = {block.module: block for block in layout.blocks}.values()

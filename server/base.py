@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from proxymoe.common.budget import Sizes
 from proxymoe.common.checkpoint import WEIGHTS, Checkpoint, tensor_from
 from proxymoe.common.errors import CheckpointError, PlanError, UnsupportedModel
 from proxymoe.common.files import canonical_json, digest_of
@@ -26,6 +27,7 @@ from proxymoe.common.manifest import (
 )
 from proxymoe.common.moe import moe_layers
 from proxymoe.common.plan import Plan, Precision, keep_all
+from proxymoe.common.sizes import sizes_of
 from proxymoe.server.index import Progress, index
 from proxymoe.server.roles import Roles
 
@@ -94,6 +96,11 @@ class BaseCheckpoint:
         return sum(piece.num_bytes for piece in self.pieces if piece.expert is None)
 
     @cached_property
+    def sizes(self) -> Sizes:
+        """What the memory of tuning follows from."""
+        return sizes_of(self.skeleton)
+
+    @cached_property
     def expert_bytes(self) -> dict[int, int]:
         """Bytes of one expert, by decoder layer."""
         return self.held_expert_bytes(Precision.BF16)
@@ -101,9 +108,8 @@ class BaseCheckpoint:
     def held_expert_bytes(self, experts: Precision) -> dict[int, int]:
         """Bytes of one expert as a device holds it, by decoder layer."""
         sizes = dict.fromkeys(self.layers, 0)
-        for piece in self.pieces:
-            if piece.expert == 0 and piece.layer is not None:
-                sizes[piece.layer] += held_bytes(piece, experts)
+        for layer, piece in self._first_experts:
+            sizes[layer] += held_bytes(piece, experts)
         return sizes
 
     def expert(self, at: int, expert: int) -> dict[str, Tensor]:
@@ -123,6 +129,10 @@ class BaseCheckpoint:
                 found.setdefault((piece.layer, piece.expert), []).append(piece)
         return found
 
+    @cached_property
+    def _first_experts(self) -> list[tuple[int, Piece]]:
+        return [(p.layer, p) for p in self.pieces if p.expert == 0 and p.layer is not None]
+
     def keep_all(self, experts: Precision = Precision.BF16) -> Plan:
         """The plan of the full model."""
         return keep_all(self.digest, self.num_experts, experts)
@@ -136,13 +146,6 @@ class BaseCheckpoint:
                 f"plan {plan.digest[:12]} is for experts per layer {planned}, the base model has "
                 f"{self.num_experts}; make a new plan for this base model"
             )
-        kept = {position: frozenset(layer.kept) for position, layer in plan.layers.items()}
-        pieces = [
-            piece
-            for piece in self.pieces
-            if piece.expert is None
-            or (piece.layer is not None and piece.expert in kept[piece.layer])
-        ]
         config = json.loads(json.dumps(self.config.to_dict()))  # as it will be read back
         if not plan.is_base:
             config["proxy_moe"] = {
@@ -153,7 +156,18 @@ class BaseCheckpoint:
                 "experts": plan.experts.value,
                 "layers": {str(at): len(layer.kept) for at, layer in plan.layers.items()},
             }
-        return Manifest(plan=plan, config=config, pieces=tuple(pieces), companions=self._companions)
+        pieces = self.pieces_of(plan)
+        return Manifest(plan=plan, config=config, pieces=pieces, companions=self._companions)
+
+    def pieces_of(self, plan: Plan) -> tuple[Piece, ...]:
+        """The pieces of trunk and kept experts."""
+        kept = {position: frozenset(layer.kept) for position, layer in plan.layers.items()}
+        return tuple(
+            piece
+            for piece in self.pieces
+            if piece.expert is None
+            or (piece.layer is not None and piece.expert in kept[piece.layer])
+        )
 
     @cached_property
     def _companions(self) -> dict[str, str]:

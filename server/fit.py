@@ -8,6 +8,7 @@ smaller, so a bisection over the weights' bytes finds the most that fits; each s
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from proxymoe.common.budget import Budget, predict
 from proxymoe.common.config import AdapterSettings, ExtractSettings, TrainSettings
 from proxymoe.common.errors import BudgetError
 from proxymoe.common.plan import Plan, Precision, RouterMode
-from proxymoe.common.sizes import held_under, sizes_of
+from proxymoe.common.sizes import held_under
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.extract import Extraction, extract, largest_bytes, smallest_bytes
 from proxymoe.server.profile import Profile
@@ -47,8 +48,11 @@ class Fit:
 
     def predicted(self, plan: Plan, mixture: dict[str, float]) -> Budget:
         """The peak of tuning the submodel of a plan on text of this domain mixture."""
-        full = adapter_layout(self.base.skeleton, self.adapter.targets, self.adapter.rank, 0)
-        return predicted_peak(self.base, self.profile, plan, full, mixture, self.train)
+        return predicted_peak(self.base, self.profile, plan, self._full, mixture, self.train)
+
+    @cached_property
+    def _full(self) -> AdapterLayout:
+        return adapter_layout(self.base.skeleton, self.adapter.targets, self.adapter.rank, seed=0)
 
     def largest(self, mixture: dict[str, float], peak: int) -> tuple[Extraction, Budget]:
         """The submodel with the most weights whose predicted peak is at most `peak` bytes.
@@ -124,7 +128,7 @@ def predicted_peak(
     How often a token is sent to an expert that is kept, the profile says, for text of this domain
     mixture.
     """
-    sizes, width = sizes_of(base.skeleton), 4 if train.dtype == "float32" else 2
+    sizes, width = base.sizes, 4 if train.dtype == "float32" else 2
     if plan.router is RouterMode.SLICED:  # whatever is chosen is kept
         picks = {
             at: float(min(sizes.layers[at].top_k, len(p.kept))) for at, p in plan.layers.items()
@@ -132,7 +136,7 @@ def predicted_peak(
     else:
         counts = {at: found.count for at, found in profile.mix(mixture).items()}
         picks = {at: float(counts[at][list(p.kept)].sum()) for at, p in plan.layers.items()}
-    held = held_under(base.manifest(plan), sizes, full.held_under(plan), picks, width)
+    held = held_under(base.pieces_of(plan), plan, sizes, full.held_under(plan), picks, width)
     return predict(sizes, held, train)
 
 

@@ -87,6 +87,7 @@ class Planner:
                 with self._between_rounds(device) as free:
                     if held is not None and not free:
                         plan, manifest = held.plan, held.manifest
+                        application = held.application
                     else:
                         named = self._digests(manifest)
                         self.devices.keep_plan(device, application, plan, manifest, named)

@@ -81,6 +81,10 @@ class Profile:
     num_tokens: dict[str, int]
     relations: Mapping[str, tuple[LayerRelations, int]] = field(default_factory=dict)
     """{domain: how its experts relate, tokens behind that}, where they were made."""
+    _last: dict[tuple[tuple[str, float], ...], dict[int, ExpertStatistics]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """The mixture asked for last: a search for the plan that fits asks for it again and again."""
 
     def mix(self, mixture: dict[str, float]) -> dict[int, ExpertStatistics]:
         """Expected statistics per token of a domain mixture, by decoder layer.
@@ -96,10 +100,16 @@ class Profile:
         if min(mixture.values(), default=0.0) < 0 or total <= 0:
             raise ConfigError(f"domain mixture {mixture} needs weights >= 0, some above 0")
         scale = {name: w / total / self.num_tokens[name] for name, w in mixture.items()}
-        return {
+        key = tuple(mixture.items())
+        if (known := self._last.get(key)) is not None:
+            return known
+        found = {
             at: _combine([(scale[name], self.domains[name][at]) for name in mixture])
             for at in next(iter(self.domains.values()))
         }
+        self._last.clear()
+        self._last[key] = found
+        return found
 
     def mix_relations(self, mixture: dict[str, float]) -> LayerRelations:
         """Expected relations per token of a domain mixture, by decoder layer.

@@ -24,9 +24,12 @@ def test_a_rehearsal_runs_all_its_steps_and_measures_its_process(qwen, tmp_path,
     write_rows(tmp_path / "text.jsonl", [{"text": "all of it is public"}])
     train = TrainSettings(batch_size=2, max_tokens=24, dtype="float32", steps=99)
     steps = []
-    monkeypatch.setattr(
-        "proxymoe.client.train.rate", lambda step, settings: steps.append(settings.steps) or 1.0
-    )
+
+    def rate(step: int, settings: TrainSettings) -> float:
+        steps.append(settings.steps)
+        return 1.0
+
+    monkeypatch.setattr("proxymoe.client.train.rate", rate)
     asked = Rehearsal(
         folder=qwen.full_folder,
         text=tmp_path / "text.jsonl",

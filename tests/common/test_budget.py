@@ -88,7 +88,7 @@ def test_sgd_takes_no_moments(case):
 def test_the_dominant_term_is_named():
     terms = dict.fromkeys(Part, 1) | {Part.LOGITS: 7}
     assert Budget(terms).dominant is Part.LOGITS
-    assert Budget(terms).share(Part.LOGITS) == 0.5
+    assert Budget(terms).share(Part.LOGITS) == 7 / (len(Part) + 6)
 
 
 @pytest.mark.parametrize("targets", [("attention", "shared"), ("attention", "experts")])
@@ -104,7 +104,7 @@ def test_activations_are_what_autograd_keeps(tiny, family, targets, tmp_path):
     layout = adapter_layout(source.base.skeleton, targets, 4, 0).held_under(plan)
     train = TrainSettings(batch_size=ROWS, max_tokens=TOKENS, dtype="float32")
     measured, picks = kept_by_autograd(loaded, layout)
-    held = held_under(source.base.manifest(plan), sizes, layout, picks, 4)
+    held = held_under(source.base.pieces_of(plan), plan, sizes, layout, picks, 4)
     assert kept_bytes(sizes, held, train) == pytest.approx(measured, rel=0.1)
 
 
@@ -142,8 +142,8 @@ def test_codes_take_the_place_of_experts_and_one_is_widened_at_a_time(qwen):
     train = TrainSettings(batch_size=1, max_tokens=16, dtype="float32")
     peaks = []
     for precision in (Precision.BF16, Precision.INT8, Precision.INT4):
-        manifest = qwen.base.manifest(qwen.base.keep_all(precision))
-        held = held_under(manifest, sizes, layout, picks, 4)
+        plan = qwen.base.keep_all(precision)
+        held = held_under(qwen.base.pieces, plan, sizes, layout, picks, 4)
         each = qwen.base.held_expert_bytes(precision)
         assert held.expert_bytes == 8 * sum(each.values())
         assert (held.widest > 0) == (precision is not Precision.BF16)
