@@ -126,12 +126,12 @@ def measure(
     """
     from proxymoe.common.checkpoint import write_tensors  # noqa: PLC0415  imports torch
     from proxymoe.common.measure import Measured  # noqa: PLC0415
-    from proxymoe.common.model import OFFSETS_FILE  # noqa: PLC0415
+    from proxymoe.common.model import TABLES_FILE  # noqa: PLC0415
 
     main = max(mixture, key=lambda name: mixture[name])
     with tempfile.TemporaryDirectory(prefix="proof-", dir=run.cache) as folder:
-        if cut.offsets:
-            write_tensors(Path(folder) / OFFSETS_FILE, cut.offsets)
+        if cut.tables:
+            write_tensors(Path(folder) / TABLES_FILE, cut.tables)
         fit.base.materialise(cut.plan, Path(folder))
         asked = {
             "folder": folder,
