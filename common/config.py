@@ -67,6 +67,9 @@ class ExtractSettings(Section):
     router: RouterMode = RouterMode.FULL
     experts: Precision = Precision.BF16
     """How the device holds its experts; a narrower one makes room for more in the same bytes."""
+    templates: int = Field(default=0, ge=0)
+    """Most plans there are per budget: a device gets the one that serves it best, so that experts
+    have many holders; 0 cuts every device a plan of its own."""
 
 
 class AdapterSettings(Section):
@@ -104,6 +107,9 @@ class FederationSettings(Section):
     rounds: int = Field(default=20, ge=1)
     cohort_size: int | None = Field(default=None, ge=1)
     """Devices asked per round; None asks all that can be asked."""
+    cohorts: Literal["deck", "covering"] = "deck"
+    """Who is asked together: as a shuffled deck has them, or so that many blocks have holders
+    enough to be summed; every device is asked equally often."""
     strategy: Literal["fedavg", "fedadam"] = "fedavg"
     server_learning_rate: float = Field(default=2.5, gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from proxymoe.common.plan import Plan
 from proxymoe.server.blobs import BlobPlace
 from proxymoe.server.canary import Canary
 from proxymoe.server.devices import Devices
-from proxymoe.server.extract import Extraction, budget_bytes, extract
+from proxymoe.server.extract import Extraction, budget_bytes
 from proxymoe.server.fit import predicted_peak
 from proxymoe.server.members import Members
 from proxymoe.server.merging import require_identity
@@ -37,6 +36,7 @@ from proxymoe.server.prepare import Stage, prepare
 from proxymoe.server.promise import noise_of
 from proxymoe.server.round import Federation, Member
 from proxymoe.server.run_directory import RunDirectory
+from proxymoe.server.templates import Extractor
 
 
 class Planner:
@@ -57,6 +57,7 @@ class Planner:
         self._run, self._settings = run, run.settings
         prepared = prepare(run, stage)
         self.base, self.full, self.profile = prepared.base, prepared.full, prepared.profile
+        self._extractor = Extractor(self.base, self.profile)
         adapter = self._settings.adapter
         self.layout = adapter_layout(
             self.base.skeleton, adapter.targets, adapter.rank, self._settings.seed
@@ -157,8 +158,7 @@ class Planner:
         if application.budget_bytes is not None:
             budget = min(application.budget_bytes, max(own, settings.largest_budget_bytes or 0))
         how = settings.extract.model_copy(update={"budget_bytes": budget})
-        rng = np.random.default_rng([settings.seed, *device.encode()])
-        extraction = extract(self.base, self.profile, mixture, how, rng)
+        extraction = self._extractor.cut(device, mixture, how, settings.seed)
         require_identity(extraction.plan, self.layout)
         return extraction
 

@@ -7,10 +7,8 @@ content, so the next run starts at once.
 from collections.abc import Callable
 from concurrent.futures import as_completed
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-
-import numpy as np
 
 from proxymoe.common.adapter import adapter_layout
 from proxymoe.common.checkpoint import WEIGHTS, write_tensors
@@ -18,9 +16,10 @@ from proxymoe.common.config import Calibration, Experiment, ExtractSettings, Pla
 from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.model import TABLES_FILE
 from proxymoe.server.base import BaseCheckpoint
-from proxymoe.server.extract import Extraction, extract
+from proxymoe.server.extract import Extraction
 from proxymoe.server.modes import MODES
 from proxymoe.server.profile import COLUMNS, Profile, load_profile
+from proxymoe.server.templates import Extractor
 from proxymoe.simulations import worker
 from proxymoe.simulations.pool import WorkerPool, result_of
 from proxymoe.simulations.site import Site, VirtualDevice, asset, virtual_devices
@@ -58,8 +57,7 @@ class World:
     ) -> Extraction:
         """The device's proxy submodel under these settings, materialised in the cache."""
         mixture = self.mixture(device, calibration)
-        rng = np.random.default_rng([seed, *device.name.encode()])
-        extraction = extract(self.base, self.profile, mixture, settings, rng)
+        extraction = self._extractor.cut(device.name, mixture, settings, seed)
         folder = self.site.submodels / extraction.plan.digest
         if not (folder / WEIGHTS).exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +65,10 @@ class World:
                 write_tensors(folder / TABLES_FILE, extraction.tables)
             self.base.materialise(extraction.plan, folder)
         return extraction
+
+    @cached_property
+    def _extractor(self) -> Extractor:
+        return Extractor(self.base, self.profile)
 
 
 def open_site(experiment: Experiment, cache: Path) -> tuple[Site, BaseCheckpoint]:

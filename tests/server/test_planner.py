@@ -155,9 +155,9 @@ def test_a_base_model_that_does_not_fit_is_profiled_a_layer_at_a_time(world, tmp
         assert same_statistics(profile.domains[domain], layers)
 
 
-@pytest.mark.parametrize("mode", ["drop", "random"])
-def test_plans_are_the_simulations(world, prepared, tmp_path, mode):
-    run = prepared_directory(world, prepared, tmp_path / "run", extract={"mode": mode}, seed=3)
+@pytest.mark.parametrize("extract", [{}, {"mode": "random"}, {"templates": 2}])
+def test_plans_are_the_simulations(world, prepared, tmp_path, extract):
+    run = prepared_directory(world, prepared, tmp_path / "run", extract=extract, seed=3)
     planner = populated(run)
     for device in world.site.devices:
         expected = world.cut(device, run.settings.extract, seed=3)
