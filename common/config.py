@@ -243,6 +243,11 @@ class Experiment(Section):
         return self
 
     @property
+    def smallest_class(self) -> int:
+        """Fewest holders in a cohort by which a block is summed; one in the clear."""
+        return self.smallest_sum if self.secure else 1
+
+    @property
     def digest(self) -> str:
         """Names these settings; goes into every message of the run."""
         return digest_of(canonical_json(self.model_dump(mode="json")))

@@ -31,7 +31,7 @@ from proxymoe.common.plan import Plan
 from proxymoe.common.privacy_settings import Noise
 from proxymoe.server import strategy
 from proxymoe.server.aggregate import BlockSum, Summation
-from proxymoe.server.schedule import decay, sample_cohort, server_rate, task_seed
+from proxymoe.server.schedule import Draw, decay, sample_cohort, server_rate, task_seed
 from proxymoe.server.strategy import StrategyState
 
 NORM_SLACK = 1.001
@@ -119,6 +119,7 @@ class Federation:
     """Whether updates wait on their devices until they are summed under masks."""
     noise: Noise | None = None
     """What is added to every sum, and by whom."""
+    draw: Draw = sample_cohort
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ def run_round(
     number = state.round + 1
     known = [name for name in transport.devices() if name in federation.members]
     size = federation.settings.cohort_size
-    tasks = tasks_of(federation, state, sample_cohort(known, size, federation.seed, number))
+    tasks = tasks_of(federation, state, federation.draw(known, size, federation.seed, number))
 
     accepted: dict[str, Accepted] = {}
     refused: dict[str, str] = {}

@@ -1,10 +1,17 @@
 """Who is asked in which round, with which seed, at which rate: functions of the round's number."""
 
-import itertools
+import math
+from collections.abc import Callable
 
 import numpy as np
 
 from proxymoe.common.config import FederationSettings
+
+Draw = Callable[[list[str], int | None, int, int], list[str]]
+"""The cohort of a round, from those who can be asked, the cohort's size, a seed and the round's
+number: `sample_cohort`, or one as fair."""
+Take = Callable[[list[str], list[str]], str]
+"""Which card comes next: from the unfinished cohort, and from the cards that may."""
 
 
 def sample_cohort(names: list[str], size: int | None, seed: int, number: int) -> list[str]:
@@ -15,14 +22,43 @@ def sample_cohort(names: list[str], size: int | None, seed: int, number: int) ->
     """
     if size is None or size >= len(names):
         return sorted(names)
-    dealt: list[str] = []
-    for deck in itertools.count():
+    which, place = divmod(number - 1, period(len(names), size))
+    return deal(names, size, seed, which)[place]
+
+
+def period(count: int, size: int) -> int:
+    """Rounds of this size, with this many devices, until one ends where a deck does."""
+    return count // math.gcd(count, size)
+
+
+def deal(
+    names: list[str], size: int, seed: int, which: int, take: Take | None = None
+) -> list[list[str]]:
+    """The cohorts of a period, the first being number 0: whole decks, and each device once in each.
+
+    Args:
+        names: more than `size`.
+        size: of every cohort.
+        seed: of the decks.
+        which: number of the period.
+        take: see `Take`; None takes the cards as they lie. A cohort's first card it always is.
+    """
+    decks = size // math.gcd(len(names), size)
+    cohorts: list[list[str]] = []
+    cohort: list[str] = []
+    for deck in range(which * decks, (which + 1) * decks):
         order = np.random.default_rng([seed, deck]).permutation(sorted(names)).tolist()
-        unfinished = dealt[len(dealt) - len(dealt) % size :]
-        dealt += sorted(order, key=unfinished.__contains__)
-        if len(dealt) >= number * size:
-            break
-    return sorted(dealt[(number - 1) * size : number * size])
+        cards = sorted(order, key=cohort.__contains__)
+        while cards:
+            card = cards[0]
+            if take is not None and cohort:
+                card = take(cohort, [name for name in cards if name not in cohort])
+            cards.remove(card)
+            cohort.append(card)
+            if len(cohort) == size:
+                cohorts.append(sorted(cohort))
+                cohort = []
+    return cohorts
 
 
 def task_seed(seed: int, number: int, device: str) -> int:

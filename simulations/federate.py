@@ -11,6 +11,7 @@ from torch import Tensor
 from proxymoe.common.config import Experiment
 from proxymoe.common.plan import Plan
 from proxymoe.server.aggregate import Summation
+from proxymoe.server.cohorts import drawing
 from proxymoe.server.journal import Journal, initial_state
 from proxymoe.server.merging import require_identity
 from proxymoe.server.round import (
@@ -65,6 +66,12 @@ def federation_of(
         settings=experiment.federation,
         canary=canary,
         canary_limit=canary(None) + experiment.federation.canary_tolerance,
+        draw=drawing(
+            experiment.federation.cohorts,
+            site.layout,
+            lambda name: members[name].layout,
+            experiment.smallest_class,
+        ),
     )
 
 
