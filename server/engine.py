@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from proxymoe.server.round import (
     require_trained,
     tasks_of,
 )
-from proxymoe.server.schedule import sample_cohort
+from proxymoe.server.secure_sum import summable_classes
 from proxymoe.server.store import Phase, Round, RoundStore
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class Rules:
     """Pause before those whose answers were lost on the way are asked again."""
     min_devices: int = 1
     """Fewest updates that are ever summed, whatever the quorum."""
+    smallest_class: int = 1
+    """Fewest of a cohort that must hold a block if it is to be summed under masks."""
 
     def needed(self, size: int) -> int:
         """Updates that a round with a cohort of this size must have to count."""
@@ -185,8 +188,22 @@ class RoundEngine:
             self._pause(self._rules.selecting_seconds)
             return
         asked = math.ceil(size * self._rules.over_selection)
-        cohort = sample_cohort(known, asked, self._federation.seed, now.number)
+        cohort = self._federation.draw(known, asked, self._federation.seed, now.number)
+        try:
+            self._require_summable(cohort)
+        except ConfigError as error:
+            self._enter(now, Phase.ABANDONED, cohort=cohort, reason=f"nobody trained: {error}")
+            # Rounds must not all be gone before somebody can help.
+            self._pause(self._rules.selecting_seconds)
+            return
         self._enter(now, Phase.DISTRIBUTING, cohort=cohort)
+
+    def _require_summable(self, cohort: list[str]) -> None:
+        """Raises ConfigError if the masked sum of this cohort could have no block, come who may."""
+        if self._federation.masked:
+            full, members, rules = self._federation.layout, self._federation.members, self._rules
+            layouts = {name: members[name].layout for name in cohort}
+            summable_classes(full, layouts, rules.min_devices, rules.smallest_class)
 
     def _known(self) -> list[str]:
         return [name for name in self._transport.devices() if name in self._federation.members]
@@ -241,7 +258,7 @@ class RoundEngine:
             return
         candidate = candidate_of(self._federation, state, total)
         self._store.keep_candidate(now.number, candidate)
-        self._enter(now, Phase.AGGREGATED)
+        self._enter(now, Phase.AGGREGATED, skipped=int((total.weight == 0).sum()))
 
     def _update(self, number: int, name: str) -> Tensor:
         """What a device sent: its update, or nothing if that waits to be summed under masks."""
@@ -271,18 +288,9 @@ class RoundEngine:
         self._store.commit(now.number, time.time())
         self._announce()
 
-    def _enter(
-        self,
-        now: Round,
-        phase: Phase,
-        *,
-        cohort: list[str] | None = None,
-        canary: float | None = None,
-        reason: str | None = None,
-    ) -> Round:
-        self._store.enter(
-            now.number, phase, time.time(), cohort=cohort, canary=canary, reason=reason
-        )
+    def _enter(self, now: Round, phase: Phase, **found: Any) -> Round:
+        """The round in its next phase, with what was found out; see `RoundStore.enter`."""
+        self._store.enter(now.number, phase, time.time(), **found)
         return self._announce()
 
     def _announce(self) -> Round:

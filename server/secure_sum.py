@@ -50,6 +50,31 @@ def mask_classes(
     )
 
 
+def summable_classes(
+    full: AdapterLayout,
+    layouts: Mapping[str, AdapterLayout],
+    smallest_cohort: int,
+    smallest_class: int,
+) -> tuple[MaskClass, ...]:
+    """The mask classes of a cohort, of which there is one at least: see `mask_classes`.
+
+    Raises:
+        ConfigError: the cohort is too small or too large, or no block has enough holders.
+    """
+    if not smallest_cohort <= len(layouts) <= MAX_DEVICES:
+        raise ConfigError(
+            f"secure aggregation: {len(layouts)} devices, from {smallest_cohort} to {MAX_DEVICES} "
+            "can be; ask more of them, or fewer, at a time (federation.cohort_size)"
+        )
+    classes = mask_classes(full, layouts, smallest_class)
+    if not classes:
+        raise ConfigError(
+            f"secure aggregation: no block with {smallest_class} holders among {len(layouts)} "
+            "devices; use another cohort, or plans that share experts (extract.templates)"
+        )
+    return classes
+
+
 def terms_for(
     full: AdapterLayout,
     layouts: Mapping[str, AdapterLayout],
@@ -75,17 +100,9 @@ def terms_for(
             the clip norm implies.
 
     Raises:
-        ConfigError: the cohort is too small or too large, or no block has enough holders.
+        ConfigError: see `summable_classes`.
     """
-    classes: tuple[MaskClass, ...] = ()
-    if smallest_cohort <= len(layouts) <= MAX_DEVICES:
-        classes = mask_classes(full, layouts, smallest_class)
-    if not classes:
-        raise ConfigError(
-            f"secure aggregation: {len(layouts)} devices, from {smallest_cohort} to {MAX_DEVICES} "
-            f"can be; or no block with {smallest_class} holders; use another cohort, or plans that "
-            "share experts"
-        )
+    classes = summable_classes(full, layouts, smallest_cohort, smallest_class)
     bits: WordBits = 32
     if clip_norm is None:
         value_range = FixedPoint(bits, len(layouts), 1.0).levels  # so that a step is 1

@@ -180,11 +180,13 @@ class CoordinatorSettings(Section):
         asked, fewest = self.federation.cohort_size, self.rules.min_devices
         if asked is not None and asked < fewest:
             raise ValueError(f"federation.cohort_size {asked} is below rules.min_devices {fewest}")
-        if self.masked and asked is not None and asked < (least := self.sums.smallest_cohort):
-            raise ValueError(
-                f"federation.cohort_size {asked} is below sums.smallest_cohort {least}; raise it, "
-                "or set sums.masked to false"
-            )
+        for what in ("smallest_cohort", "smallest_class"):
+            least = getattr(self.sums, what)
+            if self.masked and asked is not None and asked < least:
+                raise ValueError(
+                    f"federation.cohort_size {asked} is below sums.{what} {least}; raise it, or "
+                    "set sums.masked to false"
+                )
         return self
 
     @property
@@ -196,12 +198,18 @@ class CoordinatorSettings(Section):
         return expected >= self.sums.smallest_cohort
 
     @property
+    def smallest_class(self) -> int:
+        """Fewest holders in a cohort by which a block is summed; one in the clear."""
+        return self.sums.smallest_class if self.masked else 1
+
+    @property
     def round_rules(self) -> "Rules":
         """When a round starts, and when it counts: a masked one with the devices that it takes."""
         from proxymoe.server.engine import Rules  # noqa: PLC0415  see above
 
         fewest = max(self.rules.min_devices, self.sums.smallest_cohort if self.masked else 1)
-        return Rules(**{**dict(self.rules), "min_devices": fewest})
+        least = {"min_devices": fewest, "smallest_class": self.smallest_class}
+        return Rules(**{**dict(self.rules), **least})
 
 
 def load_settings(path: Path) -> CoordinatorSettings:

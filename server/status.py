@@ -38,6 +38,7 @@ class RoundEntry:
     """How many of the cohort have answered."""
     canary: float | None
     reason: str | None
+    skipped: int | None
 
     @property
     def over(self) -> bool:
@@ -180,8 +181,8 @@ def rounds(run: RunDirectory) -> Rounds:
         facts = dict(database.execute("SELECT key, value FROM facts").fetchall())
         entries = database.execute(
             "SELECT number, phase, version, cohort, "
-            "(SELECT count(*) FROM updates WHERE updates.number = rounds.number), canary, reason "
-            "FROM rounds ORDER BY number"
+            "(SELECT count(*) FROM updates WHERE updates.number = rounds.number), canary, reason, "
+            "skipped FROM rounds ORDER BY number"
         ).fetchall()
         versions = database.execute("SELECT * FROM versions ORDER BY version").fetchall()
     return Rounds(

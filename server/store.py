@@ -27,7 +27,7 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS rounds (
     number INTEGER PRIMARY KEY, phase TEXT NOT NULL, version INTEGER NOT NULL,
-    cohort TEXT NOT NULL, canary REAL, reason TEXT
+    cohort TEXT NOT NULL, canary REAL, reason TEXT, skipped INTEGER
 ) STRICT;
 CREATE TABLE IF NOT EXISTS updates (
     number INTEGER NOT NULL, device TEXT NOT NULL, digest TEXT NOT NULL,
@@ -76,6 +76,8 @@ class Round:
     canary: float | None
     """The candidate's loss on public text; None before it was measured, or if not finite."""
     reason: str | None
+    skipped: int | None
+    """Blocks that no update, or too few, covered; None before the sum is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ class RoundStore:
         version = self.current()
         with self.change(time, Phase.PLANNED, round=number, version=version) as database:
             database.execute(
-                "INSERT INTO rounds VALUES (?, ?, ?, '[]', NULL, NULL)",
+                "INSERT INTO rounds VALUES (?, ?, ?, '[]', NULL, NULL, NULL)",
                 (number, Phase.PLANNED, version),
             )
 
@@ -164,16 +166,18 @@ class RoundStore:
         cohort: Sequence[str] | None = None,
         canary: float | None = None,
         reason: str | None = None,
+        skipped: int | None = None,
     ) -> None:
         """Moves a round to a phase, with what was found out on the way."""
-        found = {"cohort": cohort, "canary": canary, "reason": reason}
+        found = {"cohort": cohort, "canary": canary, "reason": reason, "skipped": skipped}
         known = {key: value for key, value in found.items() if value is not None}
         members = None if cohort is None else json.dumps(list(cohort))
         with self.change(time, phase, round=number, **known) as database:
             database.execute(
                 "UPDATE rounds SET phase = ?, cohort = coalesce(?, cohort), "
-                "canary = coalesce(?, canary), reason = coalesce(?, reason) WHERE number = ?",
-                (phase, members, canary, reason, number),
+                "canary = coalesce(?, canary), reason = coalesce(?, reason), "
+                "skipped = coalesce(?, skipped) WHERE number = ?",
+                (phase, members, canary, reason, skipped, number),
             )
 
     def keep_update(
@@ -312,5 +316,5 @@ class RoundStore:
 
 
 def _round(row: tuple[Any, ...]) -> Round:
-    number, phase, version, cohort, canary, reason = row
-    return Round(number, Phase(phase), version, tuple(json.loads(cohort)), canary, reason)
+    number, phase, version, cohort, *found = row
+    return Round(number, Phase(phase), version, tuple(json.loads(cohort)), *found)

@@ -128,13 +128,14 @@ def device_fields(entry: DeviceEntry) -> dict[str, Any]:
 
 def round_table(found: Rounds) -> Table:
     """One line per round."""
-    table = Table("round", "phase", "from", "updates", "canary", "reason")
+    table = Table("round", "phase", "from", "updates", "skipped", "canary", "reason")
     for entry in found.rounds:
         table.add_row(
             str(entry.number),
             entry.phase,
             f"version {entry.version}",
             f"{entry.updates} of {len(entry.cohort)}",
+            "" if entry.skipped is None else f"{entry.skipped} blocks",
             "" if entry.canary is None else f"{entry.canary:.3f}",
             entry.reason or "",
         )

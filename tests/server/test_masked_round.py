@@ -173,7 +173,7 @@ RUN = small_federation(
 )
 
 
-def engine_of(folder, fleet, transport=None, quorum=1.0):
+def engine_of(folder, fleet, transport=None, clock=None, **rules):
     store = RoundStore(folder, RUN.run, RUN.layout.size)
 
     def summation_of(number):
@@ -181,14 +181,14 @@ def engine_of(folder, fleet, transport=None, quorum=1.0):
             return store.begin_attempt(number, names, 0.0)
 
         clock, letters = Clock(), fleet.exchange_letters
-        rules = replace(RULES, letter_seconds=30.0)
+        masks = replace(RULES, letter_seconds=30.0)
         return MaskedRound(
-            RUN, number, rules, letters, fleet.keys, begin, clock=clock, pause=clock.wait
+            RUN, number, masks, letters, fleet.keys, begin, clock=clock, pause=clock.wait
         )
 
-    clock, rules = Clock(), Rules(quorum=quorum)
+    clock, waits = clock or Clock(), Rules(**{"quorum": 1.0, **rules})
     return store, RoundEngine(
-        RUN, store, transport or fleet, summation_of, rules, clock=clock, pause=clock.wait
+        RUN, store, transport or fleet, summation_of, waits, clock=clock, pause=clock.wait
     )
 
 
@@ -237,6 +237,33 @@ def test_a_round_that_cannot_be_summed_is_abandoned_and_the_next_one_is_not(tmp_
         RoundPhase.COMMITTED,
     ]
     assert "masked sum, attempt 0: 0 devices answered in the phase 'consent'" in found[0].reason
+
+
+def test_nobody_trains_if_no_block_of_the_cohort_could_be_summed(tmp_path):
+    class Counting(Fleet):
+        def exchange(self, tasks):
+            raise AssertionError(f"{sorted(tasks)} were asked to train")
+
+    clock = Clock()
+    store, engine = engine_of(
+        tmp_path / "run", Counting(tmp_path, RUN), clock=clock, smallest_class=5
+    )
+    engine.run()
+    for found in store.rounds():
+        assert found.phase is RoundPhase.ABANDONED
+        assert found.cohort == tuple("abcd")
+        assert found.reason is not None
+        assert "nobody trained: " in found.reason
+        assert "no block with 5 holders among 4 devices" in found.reason
+        assert "extract.templates" in found.reason
+    assert clock.pauses == [Rules().selecting_seconds] * 3, "rounds do not run out at once"
+
+
+def test_rounds_tell_how_many_blocks_were_skipped(tmp_path):
+    store, engine = engine_of(tmp_path / "run", Fleet(tmp_path, RUN))
+    engine.run()
+    of_experts_that_nobody_has = 2 * 2 * 2
+    assert [found.skipped for found in store.rounds()] == [of_experts_that_nobody_has] * 3
 
 
 def test_an_update_in_the_clear_is_refused_and_not_kept(tmp_path):

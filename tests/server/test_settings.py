@@ -78,6 +78,10 @@ def test_the_file_explains_every_setting_of_a_coordinator():
             "[sums]\nmasked = true\n[federation]\ncohort_size = 7",
             "cohort_size 7 is below sums.smallest_cohort 8; raise it, or set sums.masked to false",
         ),
+        (
+            "[sums]\nsmallest_class = 9\n[federation]\ncohort_size = 8",
+            "cohort_size 8 is below sums.smallest_class 9; raise it, or set sums.masked to false",
+        ),
         ("[privacy]\nmode = 'distributed'\nepsilon = 2.0", "privacy.mode distributed"),
         (
             "[sums]\nmasked = true\n[privacy]\nmode = 'central'\nepsilon = 2.0\nadaptive = true",

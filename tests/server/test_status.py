@@ -64,7 +64,7 @@ def test_rounds_are_told_as_they_stand(run, store):
     store.enter(1, Phase.TRAINING, time.time(), cohort=["b", "a"])
     store.keep_update(1, "a", b"update", "0" * 64, time.time())
     found = rounds(run)
-    assert found.rounds == (RoundEntry(1, "training", 0, ("b", "a"), 1, None, None),)
+    assert found.rounds == (RoundEntry(1, "training", 0, ("b", "a"), 1, None, None, None),)
     assert (found.current, found.versions, found.size) == (0, (), SIZE)
 
 
