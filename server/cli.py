@@ -48,9 +48,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 @app.command()
 def init(
     directory: Directory,
-    base_model: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder of the base model.")
-    ] = None,
+    base_model: Annotated[Path | None, typer.Option(help="Folder of the base model.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Folder of public <domain>.jsonl files.")
     ] = None,
@@ -100,8 +98,7 @@ def serve(directory: Directory) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         _ = run.authority, run.signing_key  # who has no passphrase hears of it here, and once
         with supervised(run) as supervisor:
-            for line in tables.listens(run):
-                console.print(line)
+            console.print(*tables.listens(run), sep="\n")
             supervisor.run()
 
 
@@ -142,10 +139,18 @@ def enrol(
 
 
 @app.command(name="devices")
-def list_devices(directory: Directory, as_json: AsJson = False) -> None:
+def list_devices(
+    directory: Directory,
+    as_json: AsJson = False,
+    together: Annotated[bool, typer.Option(help="Say what they can train together.")] = False,
+) -> None:
     """Lists every device that was ever invited."""
-    with _told(), _devices(directory) as (_, devices):
+    with _told(), _devices(directory) as (run, devices):
         entries = devices.entries()
+        if together:
+            from proxymoe.server.planner import Planner  # noqa: PLC0415  imports torch
+
+            typer.echo(str(Planner(run).coverage()), err=as_json)
         if as_json:
             typer.echo(json.dumps([tables.device_fields(entry) for entry in entries], indent=1))
         else:
@@ -167,9 +172,7 @@ def revoke(
             try:
                 SuperLink(run).unregister(node)
             except OSError as error:
-                console.print(
-                    f"[yellow]Flower still lists its node[/], which does no harm: {error}"
-                )
+                console.print(f"[yellow]Flower still lists its node[/], without harm: {error}")
 
 
 @app.command()

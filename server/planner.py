@@ -26,6 +26,8 @@ from proxymoe.common.model import TABLES_FILE, compute_dtype
 from proxymoe.common.plan import Plan
 from proxymoe.server.blobs import BlobPlace
 from proxymoe.server.canary import Canary
+from proxymoe.server.cohorts import drawing
+from proxymoe.server.coverage import Coverage, coverage, mean_mixture
 from proxymoe.server.devices import Devices
 from proxymoe.server.extract import Extraction, budget_bytes
 from proxymoe.server.fit import predicted_peak
@@ -36,7 +38,7 @@ from proxymoe.server.prepare import Stage, prepare
 from proxymoe.server.promise import noise_of
 from proxymoe.server.round import Federation, Member
 from proxymoe.server.run_directory import RunDirectory
-from proxymoe.server.templates import Extractor
+from proxymoe.server.templates import Extractor, energies
 
 
 class Planner:
@@ -122,19 +124,44 @@ class Planner:
 
     def federation(self, canary: Callable[[Tensor | None], float]) -> Federation:
         """What stays the same over the rounds; asks the canary for the base model's loss."""
-        settings = self._settings
+        settings, members = self._settings, self.members()
         return Federation(
             run=settings.run,
             base=self.base.digest,
             seed=settings.seed,
             layout=self.layout,
-            members=self.members(),
+            members=members,
             train=settings.train,
             settings=settings.federation,
             canary=canary,
             canary_limit=canary(None) + settings.federation.canary_tolerance,
             masked=settings.masked,
             noise=self._noise,
+            draw=drawing(
+                settings.federation.cohorts,
+                self.layout,
+                lambda name: members[name].layout,
+                settings.smallest_class,
+            ),
+        )
+
+    def coverage(self) -> Coverage:
+        """How much of the adapter the members, as they are now, can train together.
+
+        Raises:
+            ConfigError: there are none yet.
+        """
+        settings, members = self._settings, self.members()
+        found = [self.devices.planned(name) for name in members]
+        mixtures = [self._mixture(each.application) for each in found if each is not None]
+        if not mixtures:
+            raise ConfigError("no device has a plan yet; enrol some, and let them join")
+        return coverage(
+            self.layout,
+            [members[name].layout for name in members],
+            settings.federation.cohort_size,
+            settings.smallest_class,
+            energies(self.profile, mean_mixture(mixtures)),
         )
 
     def _moved(self, old: Application, new: Application) -> bool:
@@ -152,13 +179,12 @@ class Planner:
 
     def _cut(self, device: str, application: Application) -> Extraction:
         settings = self._settings
-        mixture = self._mixture(application)
         own = budget_bytes(self.base, settings.extract)
         budget = own
         if application.budget_bytes is not None:
             budget = min(application.budget_bytes, max(own, settings.largest_budget_bytes or 0))
         how = settings.extract.model_copy(update={"budget_bytes": budget})
-        extraction = self._extractor.cut(device, mixture, how, settings.seed)
+        extraction = self._extractor.cut(device, self._mixture(application), how, settings.seed)
         require_identity(extraction.plan, self.layout)
         return extraction
 

@@ -63,6 +63,8 @@ def run_rounds(run: RunDirectory, grid: Grid) -> None:
     settings, devices = run.settings, Devices(run.devices_db)
     planner = Planner(run)
     federation = planner.federation(planner.canary())
+    if len(federation.members):
+        log.info("%s", planner.coverage())
     with contextlib.closing(run.store(planner.layout.size)) as store:
         rules = settings.round_rules
         asked = settings.federation.cohort_size

@@ -140,6 +140,7 @@ def _show_protection(summary: dict[str, Any], console: Console) -> None:
     privacy = summary["privacy"]
     if summary["secure"]:
         console.print("updates were summed under masks (experimental)")
+        console.print(summary["coverage"]["told"])
     if privacy["epsilon"] is not None:
         console.print(
             f"{privacy['mode']} privacy: epsilon {privacy['epsilon_spent']:.3g} spent of "

@@ -114,11 +114,18 @@ def run_experiment(
         "summary": {
             **summary(devices, adapter.numpy(), pool, experiment),
             **summing.summary(),
+            "coverage": covered(world, federation),
             "trained_parameters": world.site.layout.size,
             "full_model_bytes": world.base.num_bytes,
         },
         "environment": environment(experiment),
     }
+
+
+def covered(world: World, federation: Federation) -> dict[str, Any]:
+    """How much of the adapter these devices can train together, in numbers and in words."""
+    found = world.coverage(member.layout for member in federation.members.values())
+    return {**asdict(found), "told": str(found)}
 
 
 def cut_all(world: World, stage: Stage) -> list[Cut]:

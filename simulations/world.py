@@ -4,22 +4,23 @@ What does not depend on the run (the fused full model, profiles, submodels) is k
 content, so the next run starts at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from proxymoe.common.adapter import adapter_layout
+from proxymoe.common.adapter import AdapterLayout, adapter_layout
 from proxymoe.common.checkpoint import WEIGHTS, write_tensors
 from proxymoe.common.config import Calibration, Experiment, ExtractSettings, PlanMode
 from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.model import TABLES_FILE
 from proxymoe.server.base import BaseCheckpoint
+from proxymoe.server.coverage import Coverage, coverage, mean_mixture
 from proxymoe.server.extract import Extraction
 from proxymoe.server.modes import MODES
 from proxymoe.server.profile import COLUMNS, Profile, load_profile
-from proxymoe.server.templates import Extractor
+from proxymoe.server.templates import Extractor, energies
 from proxymoe.simulations import worker
 from proxymoe.simulations.pool import WorkerPool, result_of
 from proxymoe.simulations.site import Site, VirtualDevice, asset, virtual_devices
@@ -36,7 +37,9 @@ class World:
     base: BaseCheckpoint
     profile: Profile
 
-    def mixture(self, device: VirtualDevice, calibration: Calibration) -> dict[str, float]:
+    def mixture(
+        self, device: VirtualDevice, calibration: Calibration = Calibration.MATCHED
+    ) -> dict[str, float]:
         """The public text that a device's experts are chosen by.
 
         A device whose domain has no public text goes by all of it.
@@ -47,6 +50,18 @@ class World:
         if calibration is Calibration.MATCHED:
             return {device.domain: 1.0}
         return {self.profile.farthest(device.domain): 1.0}
+
+    def coverage(self, layouts: Iterable[AdapterLayout]) -> Coverage:
+        """How much of the adapter these devices, with these layouts, can train together."""
+        experiment = self.site.experiment
+        mixture = mean_mixture(self.mixture(device) for device in self.site.devices)
+        return coverage(
+            self.site.layout,
+            layouts,
+            experiment.federation.cohort_size,
+            experiment.smallest_class,
+            energies(self.profile, mixture),
+        )
 
     def cut(
         self,

@@ -130,6 +130,21 @@ def test_devices_lists_who_was_invited(call, run):
     assert (entry["name"], entry["standing"]) == ("phone", "unknown")
 
 
+def test_what_devices_can_train_together_is_told_when_there_are_any(call, run, monkeypatch):
+    from proxymoe.server import planner
+
+    class Unprepared(planner.Planner):
+        def __init__(self, run):
+            self.run = run
+
+        def coverage(self):
+            assert self.run.settings.run == run.settings.run
+            return "of 9 blocks, 2 in no submodel"
+
+    monkeypatch.setattr(planner, "Planner", Unprepared)
+    assert "of 9 blocks, 2 in no submodel" in call("devices", run.path, "--together")[1]
+
+
 def test_revoke_works_without_a_service_and_once(call, run):
     call("enrol", run.path, "phone")
     assert call("revoke", run.path, "phone")[0] == 0

@@ -168,6 +168,17 @@ def test_plans_are_the_simulations(world, prepared, tmp_path, extract):
         assert found.layout == layout.held_under(expected.plan).digest
 
 
+def test_coverage_is_of_those_who_have_a_plan(planner):
+    with pytest.raises(ConfigError, match="no device has a plan yet"):
+        planner.coverage()
+    for name in ("kitchen", "garden"):
+        planner.assign(name, Application(domain="kitchen"))
+    found = planner.coverage()
+    assert (found.members, found.cohort_size, found.smallest_class) == (2, 2, 1)
+    assert found.unheld.blocks == 0, "attention and shared experts are everybody's"
+    assert found.wasted == 0
+
+
 @pytest.mark.slow
 def test_the_default_experiments_plans_are_the_simulations(tmp_path, monkeypatch):
     experiment = load_experiment(EXPERIMENTS / "default.toml", ("calibration_tokens=256",))
