@@ -84,16 +84,9 @@ def variants(rounds: int, *, masks: bool, noise: bool) -> Iterator[tuple[str, Ex
 def measured(experiment: Experiment, folder: Path, number: int) -> dict[str, Any]:
     """One row: what the adapter reaches in the full model, and what it promises."""
     # What a simulation needs takes seconds to import.
-    from proxymoe.simulations.pool import WorkerPool  # noqa: PLC0415
-    from proxymoe.simulations.run import run_experiment  # noqa: PLC0415
-    from proxymoe.simulations.world import World, open_site, profile_base  # noqa: PLC0415
+    from proxymoe.simulations.session import quiet_metrics  # noqa: PLC0415
 
-    cache, run = folder / "cache", folder / str(number)
-    run.mkdir()
-    site, base = open_site(experiment, cache)
-    with WorkerPool(site, experiment.workers) as pool:
-        world = World(site, base, profile_base(pool, base, cache, lambda *_: None))
-        summary = run_experiment(world, pool, run, lambda *_: None)["summary"]
+    summary = quiet_metrics(experiment, folder / str(number), folder / "cache")["summary"]
     return {
         **summary["mean"]["plugged"],
         "base": summary["mean"]["base"]["accuracy"],
