@@ -77,9 +77,18 @@ class Cut:
 
 
 def run_experiment(
-    world: World, pool: WorkerPool, folder: Path, stage: Stage, run_rounds: Federate = federate
+    world: World,
+    pool: WorkerPool,
+    folder: Path,
+    stage: Stage,
+    run_rounds: Federate = federate,
+    *,
+    weighed: bool = True,
 ) -> dict[str, Any]:
-    """Runs the experiment and returns its metrics; `folder` keeps rounds and the adapter."""
+    """Runs the experiment and returns its metrics; `folder` keeps rounds and the adapter.
+
+    If devices are `weighed`, each works in a process of its own once, to tell its peak memory.
+    """
     experiment = world.site.experiment
     cuts = cut_all(world, stage)
     plans = {cut.device.name: cut.plan for cut in cuts}
@@ -90,9 +99,10 @@ def run_experiment(
     summing = Summing(federation, experiment, folder)
     for warning in summing.price.warnings if experiment.privacy.mode is not Mode.CLIP_ONLY else ():
         log.warning("privacy: %s", warning)
+    alone = first_deck(len(plans), experiment.federation.cohort_size) if weighed else 0
     outcome = run_rounds(
         federation,
-        pool_transports(pool, plans, first_deck(len(plans), experiment.federation.cohort_size)),
+        pool_transports(pool, plans, alone),
         summing,
         Journal(folder),
         lambda report: stage("federate", report.round, total),

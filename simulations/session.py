@@ -35,7 +35,7 @@ def run(
     site, base = open_site(experiment, cache)
     watch = MemoryWatch()
     with watch, _progress(console) as stage:
-        metrics = _metrics(site, base, folder, cache, stage, over_flower=over_flower)
+        metrics = _metrics(site, base, folder, cache, stage, over_flower)
     metrics["summary"]["wall_seconds"] = time.monotonic() - started
     metrics["summary"]["peak_rss_mb"] = watch.peak_mb
     path = write_metrics(folder, metrics)
@@ -46,21 +46,17 @@ def run(
 
 
 def quiet_metrics(experiment: Experiment, folder: Path, cache: Path) -> dict[str, Any]:
-    """The metrics of an experiment whose rounds are kept in a new `folder`; nothing is shown."""
+    """The metrics of an experiment, but for peak memory; a new `folder` keeps what it made."""
     folder.mkdir()
     require_summable(experiment)
     site, base = open_site(experiment, cache)
-    return _metrics(site, base, folder, cache, lambda *_: None, over_flower=False)
+    with WorkerPool(site, experiment.workers) as pool:
+        world = World(site, base, profile_base(pool, base, cache, lambda *_: None))
+        return run_experiment(world, pool, folder, lambda *_: None, weighed=False)
 
 
 def _metrics(
-    site: Site,
-    base: BaseCheckpoint,
-    folder: Path,
-    cache: Path,
-    stage: Stage,
-    *,
-    over_flower: bool,
+    site: Site, base: BaseCheckpoint, folder: Path, cache: Path, stage: Stage, over_flower: bool
 ) -> dict[str, Any]:
     with WorkerPool(site, site.experiment.workers) as pool:
         world = World(site, base, profile_base(pool, base, cache, stage))
