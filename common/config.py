@@ -70,6 +70,14 @@ class ExtractSettings(Section):
     templates: int = Field(default=0, ge=0)
     """Most plans there are per budget: a device gets the one that serves it best, so that experts
     have many holders; 0 cuts every device a plan of its own."""
+    rotate: float = Field(default=0.0, ge=0, le=1)
+    """Share of each layer's kept experts that are drawn anew for every round of a simulation, by
+    energy: in time the adapter meets them all. At equal bytes in memory, but more are fetched."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _require_rotatable(self)
+        return self
 
 
 class AdapterSettings(Section):
@@ -172,6 +180,12 @@ class Mode(Section):
     allocation: Allocation = Allocation.GLOBAL
     healed: bool = False
     """Whether the submodel is healed on public text first; then it is not training-free."""
+    rotate: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _require_rotatable(self)
+        return self
 
     @property
     def name(self) -> str:
@@ -180,6 +194,7 @@ class Mode(Section):
         parts += [] if self.router is RouterMode.FULL else [self.router]
         parts += [] if self.allocation is Allocation.GLOBAL else [self.allocation]
         parts += ["healed"] if self.healed else []
+        parts += [f"rotate-{self.rotate:g}"] if self.rotate else []
         return "-".join(parts)
 
 
@@ -190,6 +205,16 @@ class HealSettings(Section):
     learning_rate: float = Field(default=5e-3, gt=0)
     tokens: int = Field(default=512, ge=64)
     """Of every public domain."""
+
+
+def _require_rotatable(settings: ExtractSettings | Mode) -> None:
+    """Raises ValueError where plans cannot change from round to round."""
+    mode, router = settings.mode, settings.router
+    if settings.rotate and (mode is not PlanMode.DROP or router is not RouterMode.FULL):
+        raise ValueError(
+            f"rotate = {settings.rotate:g} with mode = {mode.value!r} and "
+            f"router = {router.value!r}: only 'drop' under a 'full' router can rotate"
+        )
 
 
 class CompareSettings(Section):
@@ -207,6 +232,12 @@ class CompareSettings(Section):
     federated_modes: tuple[Mode, ...] = ()
     federated_devices: tuple[str, ...] = ()
     """Devices that are federated, with these modes at the experiment's kept fraction."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if turning := [mode.name for mode in self.modes if mode.rotate]:
+            raise ValueError(f"modes: {turning[0]} is for federated_modes; no rounds, no rotation")
+        return self
 
 
 class Experiment(Section):

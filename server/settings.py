@@ -174,6 +174,11 @@ class CoordinatorSettings(Section):
                 f"federation.canary_every is {every}; a coordinator commits every round, so every "
                 "candidate is checked: set it to 1"
             )
+        if share := self.extract.rotate:
+            raise ValueError(
+                f"extract.rotate is {share:g}; a coordinator's devices keep their plans: set it to "
+                "0 (simulations can rotate)"
+            )
         modes = tuple(Mode) if self.masked else (Mode.CLIP_ONLY, Mode.CENTRAL)
         if told := unkept(self.privacy, *modes):
             raise ValueError(told if self.masked else f"{told}; with sums.masked = true, all are")

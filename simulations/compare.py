@@ -25,7 +25,7 @@ from proxymoe.server.round import RoundReport
 from proxymoe.server.schedule import task_seed
 from proxymoe.simulations import worker
 from proxymoe.simulations.comparison import Cell, comparison
-from proxymoe.simulations.federate import federate, federation_of, pool_transports
+from proxymoe.simulations.federate import PlansOf, federate, federation_of, pool_transports
 from proxymoe.simulations.healing import healing
 from proxymoe.simulations.pool import WorkerPool, result_of
 from proxymoe.simulations.run import environment, forgetting
@@ -38,6 +38,7 @@ UNCUT: Cell = {
     "allocation": None,
     "calibration": None,
     "healed": False,
+    "rotate": 0.0,
     "plan": None,
 }
 FULL: Cell = UNCUT | {"mode": "full", "kept_fraction": 1.0}
@@ -107,6 +108,7 @@ def _labels(mode: Mode, fraction: float, calibration: Calibration = Calibration.
         "allocation": mode.allocation.value,
         "calibration": calibration.value,
         "healed": mode.healed,
+        "rotate": mode.rotate,
         "kept_fraction": fraction,
     }
 
@@ -208,7 +210,7 @@ def _federated_cells(
     modes = experiment.compare.federated_modes
     variants += [(mode.name, _labels(mode, fraction), mode) for mode in modes]
     for key, labels, how in variants:
-        plans, num_bytes = _plans(world, names, how, fraction)
+        plans, plans_of, num_bytes = _plans(world, names, how, fraction)
         federation = federation_of(pool, plans, experiment, run=f"{key}-{experiment.digest[:16]}")
         todo = [n for n in names if keep.get(f"federated-{key}-{n}") is None]
         if todo:
@@ -216,10 +218,11 @@ def _federated_cells(
             title = f"{prefix} {key}"
             outcome = federate(
                 federation,
-                pool_transports(pool, plans),
+                pool_transports(pool, plans_of),
                 Summing(federation, experiment),
                 Journal(folder / key),
                 partial(_round_done, stage, title, total),
+                plans_of,
             )
             vector = outcome.state.adapter.numpy()
             forgotten = pool.submit(public_forgetting, vector)
@@ -238,15 +241,17 @@ def _round_done(stage: Stage, title: str, total: int, report: RoundReport) -> No
 
 def _plans(
     world: World, names: tuple[str, ...], mode: Mode | None, fraction: float
-) -> tuple[dict[str, Plan], float]:
+) -> tuple[dict[str, Plan], PlansOf, float]:
+    """Every device's plan, what becomes of it from round to round, and the mean bytes."""
     experiment = world.site.experiment
     if mode is None:
-        plan = world.base.keep_all()
-        return dict.fromkeys(names, plan), world.base.num_bytes
+        plans = dict.fromkeys(names, world.base.keep_all())
+        return plans, lambda _: plans, world.base.num_bytes
     settings = _settings(mode, fraction, experiment.extract)
     cuts = {n: world.cut(world.site.device(n), settings, experiment.seed) for n in names}
     plans = {name: cut.plan for name, cut in cuts.items()}
-    return plans, float(np.mean([cut.num_bytes for cut in cuts.values()]))
+    plans_of = world.rotation(plans, settings.rotate, experiment.seed)
+    return plans, plans_of, float(np.mean([cut.num_bytes for cut in cuts.values()]))
 
 
 def plugged_cell(name: str, plan: Plan, vector: np.ndarray) -> Cell:

@@ -9,12 +9,17 @@ Cell = dict[str, Any]
 """One measurement: setting, mode, router, allocation, kept_fraction, seed, device, qualities."""
 
 
+HOW = ("mode", "router", "allocation", "healed", "rotate")
+"""What tells one way to cut submodels from another."""
+
+
 def mode_label(row: Cell) -> str:
     """A row's mode as tables and plots call it: what differs from the default follows it."""
     usual = (None, "full", "global", "matched")
     said = (row[key] for key in ("router", "allocation", "calibration"))
     parts = [str(row["mode"]), *(word for word in said if word not in usual)]
     parts += ["healed"] if row["healed"] else []
+    parts += [f"rotate {row['rotate']:g}"] if row.get("rotate") else []
     return " ".join(parts).replace("_", " ")
 
 
@@ -23,7 +28,7 @@ def comparison(cells: list[Cell]) -> list[dict[str, Any]]:
 
     Standard errors are those of the mean over seeds; they are null for a single seed.
     """
-    keys = ("setting", "kept_fraction", "calibration", "mode", "router", "allocation", "healed")
+    keys = ("setting", "kept_fraction", "calibration", *HOW)
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         groups.setdefault(tuple(cell[key] for key in keys), []).append(cell)

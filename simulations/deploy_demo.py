@@ -166,8 +166,10 @@ def in_process(experiment: Experiment, cache: Path) -> Tensor:
         world = World(site, base, profile_base(pool, base, cache, lambda *_: None))
         plans = {cut.device.name: cut.plan for cut in cut_all(world, lambda *_: None)}
         federation = federation_of(pool, plans, experiment, run=experiment.name)
-        summing = Summing(federation, experiment)
-        outcome = federate(federation, pool_transports(pool, plans), summing, None, lambda _: None)
+        transports = pool_transports(pool, lambda _: plans)
+        outcome = federate(
+            federation, transports, Summing(federation, experiment), None, lambda _: None
+        )
     return outcome.state.adapter
 
 

@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from proxymoe.common.adapter import AdapterLayout
 from proxymoe.common.config import Experiment
 from proxymoe.common.plan import Plan
 from proxymoe.server.aggregate import Summation
@@ -41,6 +42,8 @@ class Outcome:
 
 
 RoundDone = Callable[[RoundReport], None]
+PlansOf = Callable[[int], Mapping[str, Plan]]
+"""Every device's plan in a round, by the round's number."""
 
 
 def federation_of(
@@ -55,7 +58,7 @@ def federation_of(
 
     for plan in plans.values():
         require_identity(plan, site.layout)
-    members = {name: Member(plan, site.layout.held_under(plan)) for name, plan in plans.items()}
+    members = _members(site.layout, plans)
     return Federation(
         run=run,
         base=site.base,
@@ -81,6 +84,7 @@ def federate(
     summation_of: Callable[[int], Summation],
     journal: Journal | None,
     done: RoundDone,
+    plans_of: PlansOf | None = None,
 ) -> Outcome:
     """Runs the rounds that are left and returns where they ended.
 
@@ -90,15 +94,20 @@ def federate(
         summation_of: the same for its sum.
         journal: keeps the rounds, and knows those already done; None keeps nothing.
         done: told of every round as it ends.
+        plans_of: plans that change from round to round; None: each device keeps its own.
     """
     size = federation.layout.size
     state = journal.latest(size) if journal else initial_state(size)
     reports = journal.reports(state.round) if journal else []
     unwritten: list[RoundReport] = []
     while state.round < federation.settings.rounds:
-        summation = summation_of(state.round + 1)
-        log.info("round %d: %s", state.round + 1, summation.notice)
-        state, report = run_round(federation, state, transport_of(state.round + 1), summation)
+        number = state.round + 1
+        if plans_of:
+            members = _members(federation.layout, plans_of(number))
+            federation = replace(federation, members=members)
+        summation = summation_of(number)
+        log.info("round %d: %s", number, summation.notice)
+        state, report = run_round(federation, state, transport_of(number), summation)
         _log(report)
         unwritten.append(report)
         if journal and state.proven is None:
@@ -110,15 +119,19 @@ def federate(
 
 
 def pool_transports(
-    pool: WorkerPool, plans: Mapping[str, Plan], measured_rounds: int = 0
+    pool: WorkerPool, plans_of: PlansOf, measured_rounds: int = 0
 ) -> Callable[[int], Transport]:
     """In-process transports; in the first rounds every device works in a process of its own."""
-    return lambda number: PoolTransport(pool, plans, number <= measured_rounds)
+    return lambda number: PoolTransport(pool, plans_of(number), number <= measured_rounds)
 
 
 def first_deck(num_devices: int, cohort_size: int | None) -> int:
     """Rounds until every device has been asked once."""
     return -(-num_devices // min(cohort_size or num_devices, num_devices))
+
+
+def _members(layout: AdapterLayout, plans: Mapping[str, Plan]) -> dict[str, Member]:
+    return {name: Member(plan, layout.held_under(plan)) for name, plan in plans.items()}
 
 
 def _log(report: RoundReport) -> None:

@@ -31,7 +31,7 @@ from proxymoe.server.aggregate import Summation
 from proxymoe.server.app import server_app
 from proxymoe.server.journal import Journal
 from proxymoe.server.round import Answer, Federation, Transport
-from proxymoe.simulations.federate import Outcome, RoundDone, federate
+from proxymoe.simulations.federate import Outcome, PlansOf, RoundDone, federate
 from proxymoe.simulations.run import Federate
 from proxymoe.simulations.site import Site
 from proxymoe.simulations.worker import open_device
@@ -59,8 +59,13 @@ def flower_backend(site: Site) -> Federate:
     """A `Federate` that runs the rounds over Flower; it makes its own transport.
 
     Raises:
-        ConfigError: Ray is not installed.
+        ConfigError: Ray is not installed, or plans are to rotate.
     """
+    if share := site.experiment.extract.rotate:
+        raise ConfigError(
+            f"extract.rotate = {share:g}: over Flower devices keep their plans; set it to 0, or "
+            "simulate in process"
+        )
     if find_spec("ray") is None:
         raise ConfigError("the Flower backend needs Ray: pip install 'proxymoe[simulation]'")
 
@@ -70,6 +75,7 @@ def flower_backend(site: Site) -> Federate:
         summation_of: Callable[[int], Summation],
         journal: Journal | None,
         done: RoundDone,
+        _plans_of: PlansOf | None = None,
     ) -> Outcome:
         plans = {name: member.plan.digest for name, member in federation.members.items()}
         with virtual_nodes(site, plans) as transport:

@@ -27,6 +27,7 @@ from proxymoe.server.schedule import task_seed
 from proxymoe.simulations import worker
 from proxymoe.simulations.federate import (
     Outcome,
+    PlansOf,
     RoundDone,
     federate,
     federation_of,
@@ -58,6 +59,7 @@ Federate = Callable[
         Callable[[int], Summation],
         Journal | None,
         RoundDone,
+        PlansOf | None,
     ],
     Outcome,
 ]
@@ -100,12 +102,14 @@ def run_experiment(
     for warning in summing.price.warnings if experiment.privacy.mode is not Mode.CLIP_ONLY else ():
         log.warning("privacy: %s", warning)
     alone = first_deck(len(plans), experiment.federation.cohort_size) if weighed else 0
+    plans_of = world.rotation(plans, experiment.extract.rotate, experiment.seed, alone)
     outcome = run_rounds(
         federation,
-        pool_transports(pool, plans, alone),
+        pool_transports(pool, plans_of, alone),
         summing,
         Journal(folder),
         lambda report: stage("federate", report.round, total),
+        plans_of,
     )
     adapter = outcome.state.adapter
     export_peft(world.site.layout, adapter, folder / "adapter", experiment.base_model)

@@ -4,24 +4,30 @@ What does not depend on the run (the fused full model, profiles, submodels) is k
 content, so the next run starts at once.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+
+import numpy as np
+from torch import Tensor
 
 from proxymoe.common.adapter import AdapterLayout, adapter_layout
 from proxymoe.common.checkpoint import WEIGHTS, write_tensors
 from proxymoe.common.config import Calibration, Experiment, ExtractSettings, PlanMode
 from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.model import TABLES_FILE
+from proxymoe.common.plan import Plan
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.coverage import Coverage, coverage, mean_mixture
 from proxymoe.server.extract import Extraction
 from proxymoe.server.modes import MODES
 from proxymoe.server.profile import COLUMNS, Profile, load_profile
+from proxymoe.server.rotation import rotated
 from proxymoe.server.templates import Extractor, energies
 from proxymoe.simulations import worker
+from proxymoe.simulations.federate import PlansOf
 from proxymoe.simulations.pool import WorkerPool, result_of
 from proxymoe.simulations.site import Site, VirtualDevice, asset, virtual_devices
 
@@ -73,13 +79,40 @@ class World:
         """The device's proxy submodel under these settings, materialised in the cache."""
         mixture = self.mixture(device, calibration)
         extraction = self._extractor.cut(device.name, mixture, settings, seed)
-        folder = self.site.submodels / extraction.plan.digest
-        if not (folder / WEIGHTS).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            if extraction.tables:
-                write_tensors(folder / TABLES_FILE, extraction.tables)
-            self.base.materialise(extraction.plan, folder)
+        self._materialise(extraction.plan, extraction.tables)
         return extraction
+
+    def rotation(
+        self, plans: Mapping[str, Plan], share: float, seed: int, materialised_rounds: int = 0
+    ) -> PlansOf:
+        """Every device's plan by round, of which `share` of the kept experts are drawn anew.
+
+        The submodels of the first rounds are materialised, for processes that load them.
+        """
+        if not share:
+            return lambda _number: plans
+        mixtures = {name: self.mixture(self.site.device(name)) for name in plans}
+        scores = {name: energies(self.profile, mixture) for name, mixture in mixtures.items()}
+
+        def plans_of(number: int) -> dict[str, Plan]:
+            drawn = {}
+            for name, plan in plans.items():
+                rng = np.random.default_rng([seed, number, *name.encode()])
+                drawn[name] = rotated(plan, scores[name], share, rng)
+                if number <= materialised_rounds:
+                    self._materialise(drawn[name], {})
+            return drawn
+
+        return plans_of
+
+    def _materialise(self, plan: Plan, tables: dict[str, Tensor]) -> None:
+        folder = self.site.submodels / plan.digest
+        if (folder / WEIGHTS).exists():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if tables:
+            write_tensors(folder / TABLES_FILE, tables)
+        self.base.materialise(plan, folder)
 
     @cached_property
     def _extractor(self) -> Extractor:

@@ -65,6 +65,17 @@ def test_there_are_shipped_experiments():
         ("[extract]\nkept_fraction = 1.5\n", r"extract\.kept_fraction: .*less than or equal to 1"),
         ("[extract]\nbudget_bytes = -1\n", r"extract\.budget_bytes"),
         ('[extract]\nmode = "luck"\n', r"extract\.mode: .*'drop'"),
+        ("[extract]\nrotate = 1.5\n", r"extract\.rotate: .*less than or equal to 1"),
+        ('[extract]\nrotate = 0.5\nmode = "mean"\n', "extract: .*only 'drop' .* can rotate"),
+        ('[extract]\nrotate = 0.5\nrouter = "sliced"\n', "extract: .*only 'drop' .* can rotate"),
+        (
+            '[[compare.federated_modes]]\nmode = "mean"\nrotate = 0.5\n',
+            r"compare\.federated_modes\.0: .*can rotate",
+        ),
+        (
+            '[[compare.modes]]\nmode = "drop"\nrotate = 0.5\n',
+            "compare: .*rotate-0.5 is for federated_modes",
+        ),
         ('[adapter]\ntargets = ["router"]\n', r"adapter\.targets\.0"),
         ("[federation]\nclip_norm = 0\n", r"federation\.clip_norm: .*greater than 0"),
         ("[federation]\nmomentum = 1.0\n", r"federation\.momentum: .*less than 1"),

@@ -62,6 +62,7 @@ def test_the_file_explains_every_setting_of_a_coordinator():
         ("run = ", "not TOML"),
         ("", "run: Field required; base_model: Field required"),
         ("sed = 1", "sed: unknown key"),
+        ("[extract]\nrotate = 0.5", "extract.rotate is 0.5; .*: set it to 0"),
         ("[federation]\ncanary_every = 3", "canary_every is 3; .*: set it to 1"),
         (
             "[federation]\ncohort_size = 2\n[rules]\nmin_devices = 3",

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from proxymoe.common.config import Experiment
-from proxymoe.common.errors import ProxyMoEError
+from proxymoe.common.errors import ConfigError, ProxyMoEError
 from proxymoe.common.files import digest_of
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.journal import Journal, initial_state
@@ -98,12 +98,20 @@ def test_silence_of_a_virtual_device_is_an_error_that_names_it():
     assert report.num_updates == 3
 
 
+def test_plans_that_rotate_are_refused_over_flower(pool_and_federation):
+    site = pool_and_federation[0].site
+    extract = site.experiment.extract.model_copy(update={"rotate": 0.5})
+    turning = site.experiment.model_copy(update={"extract": extract})
+    with pytest.raises(ConfigError, match=r"extract\.rotate = 0\.5: .*set it to 0"):
+        flower_backend(dataclasses.replace(site, experiment=turning))
+
+
 @pytest.mark.flower
 def test_two_rounds_end_in_the_same_bits_as_in_process(pool_and_federation, tmp_path, empty):
     pool, federation = pool_and_federation
     plans = {name: member.plan for name, member in federation.members.items()}
     local = federate(
-        federation, pool_transports(pool, plans), plain(federation), None, lambda _: None
+        federation, pool_transports(pool, lambda _: plans), plain(federation), None, lambda _: None
     )
     rounds: list[RoundReport] = []
     journal = Journal(tmp_path)

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from proxymoe.common.config import ExtractSettings
+from proxymoe.common.config import ExtractSettings, FederationSettings
 from proxymoe.common.errors import ConfigError, DataError, PlanError
 from proxymoe.common.messages import TrainReply, TrainTask, decode, encode
 from proxymoe.common.model import load
 from proxymoe.common.plan import Plan
+from proxymoe.server.journal import Journal
 from proxymoe.server.profile import Profile, load_profile
+from proxymoe.server.round import Federation, FederationState, Member, RoundReport
 from proxymoe.simulations import worker
+from proxymoe.simulations.faults.cohort import plain
+from proxymoe.simulations.federate import federate
 from proxymoe.simulations.site import asset, device_examples, virtual_devices
 from proxymoe.simulations.worker import Worker
 from proxymoe.simulations.world import World
@@ -182,3 +186,52 @@ def test_missing_assets_and_devices_are_named(world, tmp_path):
     groups = world.site.experiment.devices
     with pytest.raises(ConfigError, match=r"device 'attic': .*has no train\.jsonl"):
         virtual_devices((groups[0].model_copy(update={"names": ("attic",)}),))
+
+
+class Turning:
+    """Devices in this process whose plans are those of one round."""
+
+    def __init__(self, plans) -> None:
+        self.plans = plans
+
+    def devices(self) -> list[str]:
+        """See `server.round.Transport`."""
+        return list(self.plans)
+
+    def exchange(self, tasks):
+        """See `server.round.Transport`."""
+        for name, task in tasks.items():
+            yield name, worker.answer(name, self.plans[name], task)
+
+
+def test_plans_rotate_from_round_to_round_and_a_stop_does_not_change_how(world, tmp_path):
+    settings = ExtractSettings(kept_fraction=0.5)
+    plans = {d.name: world.cut(d, settings, seed=0).plan for d in world.site.devices}
+    plans_of = world.rotation(plans, share=0.5, seed=0, materialised_rounds=1)
+    assert len({plans_of(number)["kitchen"].digest for number in range(1, 9)}) > 1
+    assert plans_of(3) == plans_of(3)
+    first = plans_of(1)["garden"]
+    assert load(world.site.submodels / first.digest, torch.float32).plan == first
+
+    def rounds(count: int, journal: Journal | None) -> FederationState:
+        layout = world.site.layout
+        federation = Federation(
+            run="turning",
+            base=world.base.digest,
+            seed=0,
+            layout=layout,
+            members={n: Member(plan, layout.held_under(plan)) for n, plan in plans.items()},
+            train=world.site.experiment.train,
+            settings=FederationSettings(rounds=count, final_rate=1.0),
+            canary=lambda _: 0.0,
+            canary_limit=1.0,
+        )
+        transport_of = lambda number: Turning(plans_of(number))  # noqa: E731
+        done = reports.append
+        return federate(federation, transport_of, plain(federation), journal, done, plans_of).state
+
+    reports: list[RoundReport] = []
+    whole = rounds(4, None)
+    assert all(report.num_updates == 2 and not report.refused for report in reports)
+    rounds(2, Journal(tmp_path))
+    assert torch.equal(rounds(4, Journal(tmp_path)).adapter, whole.adapter)
