@@ -75,7 +75,7 @@ def flower_backend(site: Site) -> Federate:
         summation_of: Callable[[int], Summation],
         journal: Journal | None,
         done: RoundDone,
-        _plans_of: PlansOf | None = None,
+        _plans_of: PlansOf | None,
     ) -> Outcome:
         plans = {name: member.plan.digest for name, member in federation.members.items()}
         with virtual_nodes(site, plans) as transport:

@@ -116,7 +116,7 @@ def test_two_rounds_end_in_the_same_bits_as_in_process(pool_and_federation, tmp_
     rounds: list[RoundReport] = []
     journal = Journal(tmp_path)
     flower = flower_backend(pool.site)(
-        federation, nowhere, plain(federation), journal, rounds.append
+        federation, nowhere, plain(federation), journal, rounds.append, None
     )
 
     digests = [digest_of(end.state.adapter.numpy().tobytes()) for end in (local, flower)]
@@ -156,7 +156,9 @@ def test_what_a_round_raises_reaches_the_caller(pool_and_federation, empty):
 
     federation = dataclasses.replace(federation, canary=canary)
     with pytest.raises(ValueError, match="the canary died"):
-        flower_backend(pool.site)(federation, nowhere, plain(federation), None, lambda _: None)
+        flower_backend(pool.site)(
+            federation, nowhere, plain(federation), None, lambda _: None, None
+        )
 
 
 @pytest.mark.flower
