@@ -12,7 +12,7 @@ from torch import nn
 from proxymoe.common.adapter import Target, adapter_layout
 from proxymoe.common.attach import AttachedAdapter
 from proxymoe.common.checkpoint import WEIGHTS, Checkpoint
-from proxymoe.common.errors import IntegrityError, UnsupportedModel
+from proxymoe.common.errors import ConfigError, IntegrityError, UnsupportedModel
 from proxymoe.common.manifest import materialise
 from proxymoe.common.model import LoadedModel, load
 from proxymoe.common.moe import moe_layers
@@ -26,6 +26,7 @@ from proxymoe.common.quantised import (
     quantised_bytes,
     quantised_shapes,
 )
+from proxymoe.server.settings import load_settings
 from tests.laws import tried
 from tests.tiny import TinyBase, logits, save_tiny, some_tokens, tiny_model
 
@@ -213,6 +214,13 @@ def test_a_plan_says_how_its_experts_are_held(qwen):
     for plan in plans:
         assert Plan.model_validate_json(plan.model_dump_json()) == plan
         assert qwen.base.manifest(plan).config["proxy_moe"]["experts"] == plan.experts
+
+
+def test_a_precision_that_nobody_knows_is_refused(tmp_path):
+    path = tmp_path / "coordinator.toml"
+    path.write_text('run = "r"\nbase_model = "b"\ncalibration = "c"\n[extract]\nexperts = "int2"\n')
+    with pytest.raises(ConfigError, match=r"extract\.experts: .*'bf16', 'int8' or 'int4'"):
+        load_settings(path)
 
 
 def test_pieces_are_verified_before_they_are_quantised(qwen, tmp_path):

@@ -34,6 +34,8 @@ MODES: dict[str, dict[str, Any]] = {
     "merged, sliced": {"mode": "hcsmoe", "router": "sliced"},
     "merged, summed": {"mode": "ptse", "router": "summed"},
     "all": {"kept_fraction": 1.0},
+    "int8": {"experts": "int8"},
+    "all in int4": {"experts": "int4", "kept_fraction": 1.0},
 }
 
 
