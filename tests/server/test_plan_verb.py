@@ -85,6 +85,7 @@ def test_what_cannot_be_planned_is_one_line(call, options, told):
 
 @pytest.mark.slow
 def test_a_prediction_is_proved_by_a_run(call, run):
+    assert call()[0] == 0  # makes what follows from the base model
     before = set(run.cache.iterdir())
     code, said = call("--prove", "--json", "--experts", "int8")
     assert code == 0, said
