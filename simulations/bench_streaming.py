@@ -75,12 +75,13 @@ def run_steps(folder: Path, report: dict[str, Any], tokens: int, threads: int) -
     """Every step in turn, each in a fresh process; what it steps.measured goes into the report."""
 
     def step(name: str, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-        console.print(f"{name} ...")
+        console.print(f"{name}: ", end="")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([steps.__name__])  # torch is imported once
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             found = pool.submit(steps.measured, work, folder, threads, *arguments).result()
         report[name] = found
+        console.print(f"{found['seconds']:.2f} s, peak {found['peak_mb']:.0f} MB")
         return found
 
     report["bytes"] = step("index", steps.index_base)["bytes"]
