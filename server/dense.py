@@ -159,7 +159,7 @@ def upcycle(
     config = mixture_config(dense.model.config, recipe)
     weights = {n: t for n, t in dense.model.state_dict().items() if ".mlp." not in n}
     layers = _upcycled_layers(dense.model, packed_batches(text), recipe, rng)
-    total = len(_decoder(dense.model).layers)
+    total = len(dense.model.model.layers)
     for number, block in enumerate(layers):
         weights |= {f"model.layers.{number}.mlp.{name}": t for name, t in block.items()}
         progress(number + 1, total)
@@ -219,7 +219,7 @@ def _upcycled_layers(
     A layer is healed such that the second comes back to the first, errors of lower layers
     included.
     """
-    decoder = _decoder(model)
+    decoder = model.model
     valid = torch.cat([batch.valid.flatten() for batch in batches])
     embedded = torch.cat([decoder.embed_tokens(batch.tokens).flatten(0, 1) for batch in batches])
     texts = _text_means(embedded, batches)
@@ -295,10 +295,6 @@ def _text_means(embedded: Tensor, batches: Sequence[Batch]) -> Tensor:
 def _dense_mlp(mlp: Any) -> DenseMLP:
     gate, up, down = (getattr(mlp, f"{name}_proj").weight for name in ("gate", "up", "down"))
     return DenseMLP(gate, up, down, mlp.act_fn)
-
-
-def _decoder(model: Any) -> Any:
-    return model.model
 
 
 def _require_dense(path: Path, config: PretrainedConfig) -> None:

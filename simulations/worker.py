@@ -12,7 +12,6 @@ import threading
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -42,8 +41,6 @@ from proxymoe.common.plan import Plan, Precision, RouterMode
 from proxymoe.common.text import Example, Examples, collate, packed_batches
 from proxymoe.server import canary
 from proxymoe.server.merging import merges_adapters, returned_home
-from proxymoe.server.profile import head, profile_domain, require_tokens, save_domain
-from proxymoe.server.relations import relate_domain, save_relations
 from proxymoe.simulations.ranking import ranked_quality
 from proxymoe.simulations.site import (
     Site,
@@ -146,29 +143,6 @@ def here() -> Worker:
     """This process's worker."""
     assert _worker is not None, "start() has not run in this process"
     return _worker
-
-
-def profile(domain: str, folder: Path) -> int:
-    """Profiles one public domain with the full model; returns the tokens seen."""
-    worker, experiment = here(), here().site.experiment
-    path = asset(experiment.calibration) / f"{domain}.jsonl"
-    examples = public_examples(path, worker.full.tokenizer, experiment.train.max_tokens)
-    loaded = worker.mounted(None)
-    require_tokens(domain, examples, experiment.calibration_tokens, loaded)
-    statistics, num_tokens = profile_domain(loaded, examples, experiment.calibration_tokens)
-    save_domain(folder / f"{domain}.safetensors", worker.site.base, statistics, num_tokens)
-    return num_tokens
-
-
-def relate(domain: str, folder: Path) -> int:
-    """Sees how experts relate on one public domain; returns the tokens seen."""
-    worker, experiment = here(), here().site.experiment
-    path = asset(experiment.calibration) / f"{domain}.jsonl"
-    examples = public_examples(path, worker.full.tokenizer, experiment.train.max_tokens)
-    seen = head(examples, experiment.calibration_tokens)
-    relations, num_tokens = relate_domain(worker.mounted(None), seen)
-    save_relations(folder / f"{domain}.safetensors", relations, num_tokens)
-    return num_tokens
 
 
 def row_counts(name: str) -> dict[str, int]:

@@ -26,7 +26,7 @@ from proxymoe.server.modes import MODES
 from proxymoe.server.profile import COLUMNS, Profile, load_profile
 from proxymoe.server.rotation import rotated
 from proxymoe.server.templates import Extractor, energies
-from proxymoe.simulations import worker
+from proxymoe.simulations import public
 from proxymoe.simulations.federate import PlansOf
 from proxymoe.simulations.pool import WorkerPool, result_of
 from proxymoe.simulations.site import Site, VirtualDevice, asset, virtual_devices
@@ -137,11 +137,11 @@ def profile_base(pool: WorkerPool, base: BaseCheckpoint, cache: Path, stage: Sta
     text = digest_of(*(path.read_bytes() for path in files))
     key = digest_of(canonical_json([base.digest, text, experiment.calibration_tokens, COLUMNS]))
     domains, folder = [path.stem for path in files], cache / f"profile-{key[:24]}"
-    _make(pool, worker.profile, domains, folder, partial(stage, "profile"))
+    _make(pool, public.profile, domains, folder, partial(stage, "profile"))
     relations = None
     if any(MODES[mode].relations for mode in _modes(experiment)):
         relations = cache / f"relations-{key[:24]}"
-        _make(pool, worker.relate, domains, relations, partial(stage, "relations of experts"))
+        _make(pool, public.relate, domains, relations, partial(stage, "relations of experts"))
     return load_profile(folder, base.digest, relations)
 
 

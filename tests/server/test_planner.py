@@ -26,7 +26,7 @@ from proxymoe.server.profile import load_profile
 from proxymoe.server.run_directory import RunDirectory
 from proxymoe.server.settings import CoordinatorSettings
 from proxymoe.server.store import Phase
-from proxymoe.simulations import worker
+from proxymoe.simulations import public, worker
 from proxymoe.simulations.cli import EXPERIMENTS
 from proxymoe.simulations.site import asset
 from proxymoe.simulations.worker import Worker
@@ -50,7 +50,7 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "_worker", Worker(site))
         for domain in DOMAINS:
-            worker.profile(domain, root / "profile")
+            public.profile(domain, root / "profile")
         yield World(site, base, load_profile(root / "profile", base.digest))
 
 
@@ -185,7 +185,7 @@ def test_the_default_experiments_plans_are_the_simulations(tmp_path, monkeypatch
     site, base = open_site(experiment, tmp_path / "cache")
     monkeypatch.setattr(worker, "_worker", Worker(site))
     for path in asset(experiment.calibration).glob("*.jsonl"):
-        worker.profile(path.stem, tmp_path / "profile")
+        public.profile(path.stem, tmp_path / "profile")
     world = World(site, base, load_profile(tmp_path / "profile", base.digest))
     planner = populated(directory(world, tmp_path / "run"), [d.name for d in site.devices])
     for device in site.devices:

@@ -16,7 +16,7 @@ from proxymoe.common.plan import Plan
 from proxymoe.server.journal import Journal
 from proxymoe.server.profile import Profile, load_profile
 from proxymoe.server.round import Federation, FederationState, Member, RoundReport
-from proxymoe.simulations import worker
+from proxymoe.simulations import public, worker
 from proxymoe.simulations.faults.cohort import plain
 from proxymoe.simulations.federate import federate
 from proxymoe.simulations.site import asset, device_examples, virtual_devices
@@ -45,8 +45,8 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     site, base = tiny_site(root)
     worker._worker = Worker(site)
-    worker.profile("math", root / "profile")
-    worker.relate("math", root / "relations")
+    public.profile("math", root / "profile")
+    public.relate("math", root / "relations")
     profile = load_profile(root / "profile", base.digest, root / "relations")
     yield World(site, base, profile)
     worker._worker = None
