@@ -36,7 +36,7 @@ def test_a_masked_sum_is_a_plain_sum(weights):
 
 
 def test_too_few_devices_are_refused():
-    with pytest.raises(ConfigError, match="use another cohort"):
+    with pytest.raises(ConfigError, match="2 devices, from 3 to 256 can be; ask more"):
         both([1.0, 1.0])[0].sum()
 
 
