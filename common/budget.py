@@ -27,8 +27,8 @@ SLACK = 0.6
 """What the heap holds beside what is in use, as a share of what tuning allocates and frees."""
 
 SAFETY = 0.05
-"""Added to the whole. In 22 rehearsals (models of 35 MB and 1 GB; 16 to 8,192 tokens a step; 12.5 to
-100 % of the experts; bf16, int8, int4, fp32) prediction over measurement was then .94 to 1.18.
+"""Added to the whole. In 22 rehearsals (models of 35 MB and 1 GB; 16 to 8,192 tokens a step; 12.5
+to 100 % of the experts; bf16, int8, int4, fp32) prediction over measurement was then .94 to 1.18.
 What the heap holds differs from run to run by 4 %, and with the sizes of what is freed."""
 
 
