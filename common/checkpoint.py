@@ -9,12 +9,13 @@ import json
 import math
 import os
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,35 @@ class TensorRange:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of a file that is not to be written to meanwhile."""
+
+    path: Path
+    offset: int
+    num_bytes: int
+    stamp: tuple[int, int]
+
+    def append_to(self, file: IO[bytes]) -> int:
+        """Copies the bytes to the end of a file, in the kernel where it can; returns how many.
+
+        Raises:
+            CheckpointError: the file of this span has changed.
+        """
+        with self.path.open("rb") as source:
+            if sys.platform == "linux":
+                file.flush()
+                to, at, left = file.fileno(), self.offset, self.num_bytes
+                while left and (sent := os.sendfile(to, source.fileno(), at, left)):
+                    at, left = at + sent, left - sent
+                file.seek(0, os.SEEK_END)
+            else:
+                source.seek(self.offset)
+                file.write(source.read(self.num_bytes))
+            _require_stamp(self.path, source, self.stamp)
+        return self.num_bytes
+
+
 class Checkpoint:
     """A checkpoint folder with one or many safetensors shards; headers are read at once.
 
@@ -84,6 +114,12 @@ class Checkpoint:
         with self._open(name, first) as file:
             file.readinto(buffer)
 
+    def span(self, name: str, first: int, num_bytes: int) -> Span:
+        """Where some bytes of one tensor lie, to be copied."""
+        place = self.ranges[name]
+        path, stamp = self.folder / place.file, self._stamps[place.file]
+        return Span(path, place.offset + first, num_bytes, stamp)
+
     def read(self, name: str) -> Tensor:
         """One tensor, owned by the caller."""
         place = self.ranges[name]
@@ -100,10 +136,7 @@ class Checkpoint:
         with path.open("rb") as file:
             file.seek(place.offset + first)
             yield file
-            if _stamp(os.fstat(file.fileno())) != self._stamps[place.file]:
-                raise CheckpointError(
-                    f"{path}: was changed while it was in use; start again, or fetch it again"
-                )
+            _require_stamp(path, file, self._stamps[place.file])
 
     def _shards(self) -> list[str]:
         index = self.folder / INDEX
@@ -139,6 +172,13 @@ def _stamp(seen: os.stat_result) -> tuple[int, int]:
     return seen.st_size, seen.st_mtime_ns
 
 
+def _require_stamp(path: Path, file: IO[bytes], stamp: tuple[int, int]) -> None:
+    if _stamp(os.fstat(file.fileno())) != stamp:
+        raise CheckpointError(
+            f"{path}: was changed while it was in use; start again, or fetch it again"
+        )
+
+
 def tensor_from(content: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """The tensor that these bytes stand for."""
     if not content:
@@ -153,7 +193,9 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 
 def write_checkpoint(
-    path: Path, specs: dict[str, tuple[str, tuple[int, ...]]], contents: Iterable[Iterable[bytes]]
+    path: Path,
+    specs: dict[str, tuple[str, tuple[int, ...]]],
+    contents: Iterable[Iterable[bytes | Span]],
 ) -> None:
     """Writes one safetensors file, streamed and atomic.
 
@@ -175,7 +217,10 @@ def write_checkpoint(
         file.write(encoded)
         for name, parts in zip(specs, contents, strict=True):
             start, stop = header[name]["data_offsets"]
-            written = sum(file.write(part) for part in parts)
+            written = sum(
+                part.append_to(file) if isinstance(part, Span) else file.write(part)
+                for part in parts
+            )
             if written != stop - start:
                 raise CheckpointError(f"{name}: {written} bytes where {stop - start} belong")
 

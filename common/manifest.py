@@ -19,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 from proxymoe.common.checkpoint import (
     DTYPE_NAMES,
     WEIGHTS,
+    Span,
     bytes_of,
     tensor_from,
     write_checkpoint,
@@ -96,7 +97,7 @@ def materialise(
     folder: Path,
     read_piece: Callable[[Piece], bytes],
     read_companion: Callable[[str], bytes],
-    known_good: bool = False,
+    span_of: Callable[[Piece], Span] | None = None,
 ) -> Path:
     """Writes the proxy submodel as a fused checkpoint that transformers can map; returns `folder`.
 
@@ -106,8 +107,8 @@ def materialise(
         manifest: of the submodel.
         folder: made if it is not there.
         read_piece, read_companion: the bytes.
-        known_good: `read_piece` only gives what has been held against its digest before, and has
-            not changed since; a device never says so.
+        span_of: where the bytes of pieces lie that have been held against their digests before, and
+            have not changed since: they are copied. A device knows of none.
 
     Raises:
         IntegrityError: bytes from `read_piece` or `read_companion` do not match their digest.
@@ -121,15 +122,14 @@ def materialise(
     write_bytes(folder / PLAN_FILE, plan.model_dump_json(indent=1).encode())
     specs = {name: spec for ps in groups.values() for name, spec in _specs(ps, plan).items()}
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        contents = (
-            (((piece, read_piece(piece)) for piece in pieces) for pieces in groups.values())
-            if known_good
-            else _checked(groups.values(), read_piece, pool)
+        # Contents first: what is checked last is checked when they are asked once too often.
+        checked = zip(_checked(groups.values(), read_piece, pool), groups.values(), strict=True)
+        contents: Iterable[Iterable[bytes | Span]] = (
+            tensor for parts, pieces in checked for tensor in _tensors(pieces, parts, plan)
         )
-        # Contents first: what they check last, they check when they are asked once too often.
-        both = zip(contents, groups.values(), strict=True)
-        tensors = (tensor for parts, ps in both for tensor in _tensors(ps, parts, plan))
-        write_checkpoint(folder / WEIGHTS, specs, tensors)
+        if span_of is not None and _is_copied(plan):
+            contents = (map(span_of, pieces) for pieces in groups.values())
+        write_checkpoint(folder / WEIGHTS, specs, contents)
     return folder
 
 
@@ -229,6 +229,11 @@ def _cut(piece: Piece, content: bytes, plan: Plan) -> bytes:
     kept = torch.tensor(plan.layers[piece.layer].kept)
     tensor = tensor_from(content, piece.dtype, piece.shape)
     return bytes_of(tensor.index_select(piece.expert_dim, kept))
+
+
+def _is_copied(plan: Plan) -> bool:
+    """Whether a submodel has its pieces just as the base model has them."""
+    return plan.router is not RouterMode.SLICED and plan.experts is Precision.BF16
 
 
 def _is_quantised(piece: Piece, plan: Plan) -> bool:

@@ -180,11 +180,16 @@ class BaseCheckpoint:
     def materialise(self, plan: Plan, folder: Path) -> Path:
         """Writes the submodel of a plan for a local device, or the full model; see `manifest`.
 
-        Digests were taken from these very files, and a file that was written to since is refused
-        at the read: they are not taken again.
+        Digests were taken from these very files, and a file that was written to since is refused:
+        they are not taken again.
         """
-        manifest = self.manifest(plan)
-        return materialise(manifest, folder, self.read_piece, self.read_companion, known_good=True)
+        return materialise(
+            self.manifest(plan),
+            folder,
+            self.read_piece,
+            self.read_companion,
+            lambda piece: self.checkpoint.span(piece.source, piece.offset, piece.num_bytes),
+        )
 
     def materialised_full(self, cache: Path) -> Path:
         """The folder of the full model in this cache; written if it is not there."""
