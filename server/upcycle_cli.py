@@ -32,6 +32,9 @@ def upcycle(
         bool, typer.Option(help="Of split: fit routers and outputs to the dense model.")
     ] = True,
     tokens: Annotated[int, typer.Option(min=1, help="How much of the text is read.")] = 16384,
+    check_tokens: Annotated[
+        int, typer.Option(min=0, help="Then measure both models on so much of the text's rest.")
+    ] = 4096,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
 ) -> None:
     """Makes a mixture of experts out of a dense model, with public text; takes minutes."""
@@ -39,11 +42,14 @@ def upcycle(
     # Importing torch takes seconds; a typing error should not cost them.
     import numpy as np  # noqa: PLC0415
 
-    from proxymoe.server import dense as disk  # noqa: PLC0415
+    from proxymoe.server.dense import open_dense, public_text  # noqa: PLC0415
+    from proxymoe.server.upcycled import losses  # noqa: PLC0415
+    from proxymoe.server.upcycled import upcycle as write  # noqa: PLC0415
 
     console = Console(soft_wrap=True, highlight=False)
-    opened = disk.open_dense(dense)
-    examples = disk.public_text(text, opened.tokenizer, tokens)
+    opened = open_dense(dense)
+    examples = public_text(text, opened.tokenizer, tokens)
+    rest = public_text(text, opened.tokenizer, tokens + check_tokens)[len(examples) :]
     with Progress(console=console) as bar:
         task = bar.add_task("layers", total=None)
 
@@ -52,5 +58,8 @@ def upcycle(
             if not console.is_terminal:
                 console.print(f"layers: {done} of {total}")
 
-        disk.upcycle(opened, examples, recipe, np.random.default_rng(seed), target, progress)
+        write(opened, examples, recipe, np.random.default_rng(seed), target, progress)
     console.print(f"{target}: {experts} experts per layer, {top_k} for each token")
+    if rest:
+        before, after = losses(opened, target, rest)
+        console.print(f"loss on text not read so far: dense {before:.3f}, mixture {after:.3f} nats")

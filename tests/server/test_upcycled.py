@@ -1,6 +1,7 @@
 """A dense checkpoint becomes a mixture that everything else takes for any other checkpoint."""
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -20,8 +21,9 @@ from proxymoe.common.model import load
 from proxymoe.common.text import Example
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.cli import app
-from proxymoe.server.dense import open_dense, public_text, upcycle
+from proxymoe.server.dense import open_dense, public_text
 from proxymoe.server.recipe import ExpertKind, Recipe, RouterInit
+from proxymoe.server.upcycled import upcycle
 from tests.tiny import assert_near, logits, save_tiny, some_tokens, stock, tiny_tokenizer
 
 TEXT = [Example(tuple(row), 1) for row in some_tokens(60, 24, seed=3).tolist()]
@@ -196,11 +198,15 @@ def test_more_text_than_there_is_cannot_be_had(texts, tmp_path):
 
 
 def test_the_command_makes_the_model_and_says_what_it_is(folder, texts, tmp_path):
-    shape = ["--experts", "8", "--top-k", "2", "--tokens", "1000"]
+    shape = ["--experts", "8", "--top-k", "8", "--tokens", "900", "--check-tokens", "200"]
     call = ["upcycle", str(folder), str(tmp_path / "m"), "--text", str(texts), *shape]
     result = CliRunner().invoke(app, call)
     assert result.exit_code == 0, result.output
-    assert "8 experts per layer, 2 for each token" in " ".join(result.output.split())
+    told = " ".join(result.output.split())
+    assert "8 experts per layer, 8 for each token" in told
+    measured = re.search(r"not read so far: dense (\S+), mixture (\S+) nats", told)
+    assert measured is not None
+    assert float(measured[2]) == pytest.approx(float(measured[1]), rel=0.02)
     assert BaseCheckpoint(tmp_path / "m").num_experts == {0: 8, 1: 8}
 
 
