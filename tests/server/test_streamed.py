@@ -141,7 +141,7 @@ def test_layers_that_are_asked_in_another_order_are_refused(streamed):
         profiled(streamed)
 
 
-def test_a_layer_that_is_never_asked_is_refused(streamed):
-    streamed.loaded.model.model.config.num_hidden_layers = 1
+def test_a_layer_that_is_never_asked_is_refused(streamed, monkeypatch):
+    monkeypatch.setattr(streamed.loaded.model.model.config, "num_hidden_layers", 1)
     with pytest.raises(UnsupportedModel, match="layer 1 is never asked"):
         profiled(streamed)
