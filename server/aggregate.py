@@ -35,6 +35,10 @@ class BlockSum:
         per_parameter = self.weight.clamp_min(1e-300).repeat_interleave(sizes)
         return (self.total / per_parameter).float()
 
+    def held(self, layout: AdapterLayout) -> Tensor:
+        """(P,) bool: whether anybody held the block that a parameter belongs to."""
+        return (self.weight > 0).repeat_interleave(torch.tensor(layout.sizes))
+
 
 class Summation(Protocol):
     """Turns contributions into their sum without giving any single one away."""

@@ -270,14 +270,10 @@ def _answer(
 
 def candidate_of(federation: Federation, state: FederationState, total: BlockSum) -> Candidate:
     """The strategy's step from the mean of the summed updates."""
-    settings = federation.settings
-    memory, adapter = strategy.apply(
-        state.strategy,
-        state.adapter,
-        total.mean(federation.layout),
-        settings,
-        rate=server_rate(settings, state.round + 1),
-    )
+    settings, layout = federation.settings, federation.layout
+    rate = server_rate(settings, state.round + 1)
+    mean, held = total.mean(layout), total.held(layout)
+    memory, adapter = strategy.apply(state.strategy, state.adapter, mean, held, settings, rate)
     return Candidate(adapter, memory)
 
 

@@ -29,18 +29,32 @@ def apply(
     state: StrategyState,
     adapter: Tensor,
     mean_update: Tensor,
+    held: Tensor,
     settings: FederationSettings,
     rate: float = 1.0,
 ) -> tuple[StrategyState, Tensor]:
     """The next state and the next adapter (P,); `rate` scales the server's learning rate.
 
-    Blocks that nobody held have a zero mean update; with momentum they coast, without they rest.
+    What nobody held this round rests, and so does what is remembered of it (as in sparse Adam): a
+    rare expert would otherwise coast for ten rounds on what one device once said.
+
+    Args:
+        state: before the round.
+        adapter: (P,) before the round.
+        mean_update: (P,) per block the mean over its holders.
+        held: (P,) bool, False in blocks that nobody held.
+        settings: of the federation.
+        rate: of this round.
     """
     learning_rate = rate * settings.server_learning_rate
     momentum = settings.momentum * state.momentum + (1.0 - settings.momentum) * mean_update
     if settings.strategy == "fedavg":
-        step = learning_rate * momentum
-        return StrategyState(momentum, state.variance), adapter + step
-    variance = settings.beta2 * state.variance + (1.0 - settings.beta2) * mean_update.square()
-    step = learning_rate * momentum / (variance.sqrt() + settings.epsilon)
+        variance, step = state.variance, learning_rate * momentum
+    else:
+        variance = settings.beta2 * state.variance + (1.0 - settings.beta2) * mean_update.square()
+        step = learning_rate * momentum / (variance.sqrt() + settings.epsilon)
+    if not bool(held.all()):
+        momentum = torch.where(held, momentum, state.momentum)
+        variance = torch.where(held, variance, state.variance)
+        step = step * held
     return StrategyState(momentum, variance), adapter + step

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.files import digest_of
@@ -111,10 +112,12 @@ class Law:
                 yield f"version {version.version}: nobody sent what {name} is said to have sent"
                 return
             updates[name] = known[accepted[name]]
+        mean, held = mean_of(federation, updates)
         memory, adapter = strategy.apply(
             state.strategy,
             state.adapter,
-            torch.from_numpy(mean_of(federation, updates)),
+            torch.from_numpy(mean),
+            torch.from_numpy(held),
             federation.settings,
             rate=server_rate(federation.settings, version.number),
         )
@@ -158,8 +161,8 @@ class Story:
             self._open = None
 
 
-def mean_of(federation: Federation, updates: dict[str, Vector]) -> Vector:
-    """(P,) fp32: per block the mean over the devices that hold it, added in order of names."""
+def mean_of(federation: Federation, updates: dict[str, Vector]) -> tuple[Vector, NDArray[np.bool_]]:
+    """(P,) fp32 per block the mean over its holders, added in order of names; (P,) who has any."""
     full = federation.layout
     total = np.zeros(full.size)
     holders = np.zeros(full.size)
@@ -171,7 +174,7 @@ def mean_of(federation: Federation, updates: dict[str, Vector]) -> Vector:
                 span = slice(full.bounds[at], full.bounds[at + 1])
                 total[span] += updates[name][layout.bounds[mine] : layout.bounds[mine + 1]]
                 holders[span] += 1
-    return (total / np.maximum(holders, 1)).astype(np.float32)
+    return (total / np.maximum(holders, 1)).astype(np.float32), holders > 0
 
 
 def _same(found: FederationState, expected: FederationState) -> bool:

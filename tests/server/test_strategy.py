@@ -11,6 +11,7 @@ from proxymoe.server import strategy
 from tests.tiny import assert_near
 
 SIZE = 6
+ALL = torch.ones(SIZE, dtype=torch.bool)
 
 
 def draws(count, seed=0):
@@ -21,7 +22,7 @@ def draws(count, seed=0):
 def run(settings, updates, rates=None):
     state, adapter = strategy.init(SIZE), torch.zeros(SIZE)
     for update, rate in zip(updates, rates or [1.0] * len(updates), strict=True):
-        state, adapter = strategy.apply(state, adapter, update, settings, rate)
+        state, adapter = strategy.apply(state, adapter, update, ALL, settings, rate)
     return state, adapter
 
 
@@ -31,18 +32,8 @@ def test_plain_fedavg_adds_the_mean_update_exactly(seed):
     (update,) = draws(1, seed)
     assert torch.equal(run(settings, [update])[1], update)
     adapter = torch.randn(SIZE, generator=torch.Generator().manual_seed(seed + 1))
-    found = strategy.apply(strategy.init(SIZE), adapter, update, settings)[1]
+    found = strategy.apply(strategy.init(SIZE), adapter, update, ALL, settings)[1]
     assert torch.equal(found, adapter + update)
-
-
-@given(st.integers(0, 1000), st.floats(0.1, 5.0))
-def test_what_nobody_trained_rests_under_fedavg_without_momentum(seed, rate):
-    settings = FederationSettings(server_learning_rate=rate, momentum=0.0)
-    adapter, update = draws(2, seed)
-    update[2:4] = 0.0
-    found = strategy.apply(strategy.init(SIZE), adapter, update, settings)[1]
-    assert torch.equal(found[2:4], adapter[2:4])
-    assert (found[:2] != adapter[:2]).all()
 
 
 def test_momentum_is_an_exponential_mean_of_updates():
@@ -55,11 +46,23 @@ def test_momentum_is_an_exponential_mean_of_updates():
     assert_near(run(settings, updates)[1], expected, 1e-6)
 
 
-def test_with_momentum_what_nobody_trained_coasts():
-    settings = FederationSettings(server_learning_rate=1.0, momentum=0.5)
-    update = draws(1)[0]
-    _, adapter = run(settings, [update, torch.zeros(SIZE)])
-    assert_near(adapter, 0.75 * update, 1e-6)
+@pytest.mark.parametrize("kind", ["fedavg", "fedadam"])
+def test_what_nobody_held_rests_and_is_remembered_as_it_was(kind):
+    settings = FederationSettings(
+        strategy=kind, server_learning_rate=0.1, momentum=0.9, beta2=0.99, epsilon=1e-3
+    )
+    first, second, third = draws(3, seed=6)
+    held = torch.arange(SIZE) < 2
+    state, adapter = run(settings, [first])
+    between, rested = strategy.apply(state, adapter, second * held, held, settings)
+    after, ended = strategy.apply(between, rested, third, ALL, settings)
+    assert torch.equal(rested[2:], adapter[2:])
+    assert (rested[:2] != adapter[:2]).all()
+    # The round in which they rested has left no trace in the others.
+    alone, expected = strategy.apply(state, adapter, third, ALL, settings)
+    assert torch.equal(ended[2:], expected[2:])
+    assert torch.equal(after.momentum[2:], alone.momentum[2:])
+    assert torch.equal(after.variance[2:], alone.variance[2:])
 
 
 def test_fedadam_equals_the_published_algorithm():
@@ -99,7 +102,7 @@ def test_values_passed_in_are_not_changed():
     settings = FederationSettings(strategy="fedadam", momentum=0.5)
     state, (adapter, update) = strategy.init(SIZE), draws(2)
     before = adapter.clone(), update.clone()
-    strategy.apply(state, adapter, update, settings)
+    strategy.apply(state, adapter, update, ALL, settings)
     assert torch.equal(adapter, before[0])
     assert torch.equal(update, before[1])
     assert state.momentum.eq(0).all()
