@@ -190,12 +190,10 @@ class Mode(Section):
     @property
     def name(self) -> str:
         """As in file names: what differs from the default follows the mode."""
-        parts: list[str] = [self.mode]
-        parts += [] if self.router is RouterMode.FULL else [self.router]
-        parts += [] if self.allocation is Allocation.GLOBAL else [self.allocation]
-        parts += ["healed"] if self.healed else []
-        parts += [f"rotate-{self.rotate:g}"] if self.rotate else []
-        return "-".join(parts)
+        turned = f"rotate-{self.rotate:g}" if self.rotate else None
+        said = (self.router, self.allocation, "healed" if self.healed else None, turned)
+        usual = (RouterMode.FULL, Allocation.GLOBAL, None)
+        return "-".join([self.mode, *(word for word in said if word not in usual)])
 
 
 class HealSettings(Section):
@@ -226,6 +224,8 @@ class CompareSettings(Section):
     """Devices that are tuned alone, with every mode and kept fraction."""
     single_fractions: tuple[float, ...] = (0.25, 0.125)
     calibrations: tuple[Calibration, ...] = (Calibration.MATCHED,)
+    quantised: tuple[Precision, ...] = ()
+    """Rivals: the full model with its experts in so many bits, tuned on each of these devices."""
     single_train: dict[str, TrainSettings] = Field(default_factory=dict)
     """How each of them is tuned."""
     heal: HealSettings = HealSettings()

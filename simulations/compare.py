@@ -16,7 +16,14 @@ from typing import Any, Literal
 import numpy as np
 
 from proxymoe.common.adapter import adapter_layout
-from proxymoe.common.config import Calibration, Experiment, ExtractSettings, Mode, TrainSettings
+from proxymoe.common.config import (
+    Calibration,
+    Experiment,
+    ExtractSettings,
+    Mode,
+    PlanMode,
+    TrainSettings,
+)
 from proxymoe.common.files import write_json
 from proxymoe.common.loss import Quality
 from proxymoe.common.plan import Plan
@@ -121,6 +128,12 @@ def _single_cells(
     wanted = experiment.compare
     for name in wanted.single_devices:
         jobs[f"{name}-full"] = (FULL | {"bytes": world.base.num_bytes}, name, None)
+    for precision, name in product(wanted.quantised, wanted.single_devices):
+        whole = {"kept_fraction": 1.0, "mode": PlanMode.DROP, "experts": precision}
+        settings = experiment.extract.model_copy(update=whole)
+        cut = world.cut(world.site.device(name), settings, experiment.seed)
+        labels = FULL | {"mode": f"full {precision}", "bytes": cut.num_bytes}
+        jobs[f"{name}-full-{precision}"] = (labels | {"plan": cut.plan.digest}, name, cut.plan)
     grid = product(wanted.calibrations, wanted.single_fractions, wanted.modes)
     for (calibration, fraction, mode), name in product(grid, wanted.single_devices):
         settings = _settings(mode, fraction, experiment.extract)
