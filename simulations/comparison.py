@@ -54,12 +54,12 @@ def _row(matched: list[tuple[Cell, Cell]]) -> dict[str, Any]:
     }
     row: dict[str, Any] = {"stderr": {}}
     for name, value_of in columns.items():
-        row[name], row["stderr"][name] = _over_seeds(
+        row[name], row["stderr"][name] = over_seeds(
             (cell["seed"], value_of(cell, full)) for cell, full in matched
         )
-    row["recovered_gain"] = _recovered(matched, "accuracy", "plugged")
-    row["recovered_gain_loss"] = _recovered(matched, "loss", "plugged")
-    row["recovered_gain_all"] = _recovered(matched, "accuracy", "plugged_all")
+    row["recovered_gain"] = recovered(matched, "accuracy", "plugged")
+    row["recovered_gain_loss"] = recovered(matched, "loss", "plugged")
+    row["recovered_gain_all"] = recovered(matched, "accuracy", "plugged_all")
     row["seeds"] = len({cell["seed"] for cell, _ in matched})
     row["bytes"] = float(np.mean([cell["bytes"] for cell, _ in matched]))
     row["devices"] = {
@@ -69,8 +69,8 @@ def _row(matched: list[tuple[Cell, Cell]]) -> dict[str, Any]:
             "gap_nats": float(
                 np.mean([c["plugged"]["loss"] - f["plugged"]["loss"] for c, f in mine])
             ),
-            "recovered_gain": _recovered(mine, "accuracy", "plugged"),
-            "recovered_gain_loss": _recovered(mine, "loss", "plugged"),
+            "recovered_gain": recovered(mine, "accuracy", "plugged"),
+            "recovered_gain_loss": recovered(mine, "loss", "plugged"),
         }
         for name in dict.fromkeys(cell["device"] for cell, _ in matched)
         if (mine := [(c, f) for c, f in matched if c["device"] == name])
@@ -78,7 +78,8 @@ def _row(matched: list[tuple[Cell, Cell]]) -> dict[str, Any]:
     return row
 
 
-def _over_seeds(values: Iterable[tuple[int, float | None]]) -> tuple[float | None, float | None]:
+def over_seeds(values: Iterable[tuple[int, float | None]]) -> tuple[float | None, float | None]:
+    """(mean over seeds, its standard error): no mean without values, no error for one seed."""
     by_seed: dict[int, list[float]] = {}
     for seed, value in values:
         if value is not None:
@@ -90,7 +91,7 @@ def _over_seeds(values: Iterable[tuple[int, float | None]]) -> tuple[float | Non
     return float(np.mean(means)), error
 
 
-def _recovered(
+def recovered(
     matched: list[tuple[Cell, Cell]],
     key: Literal["accuracy", "loss"],
     what: Literal["plugged", "plugged_all"],

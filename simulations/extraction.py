@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from proxymoe.simulations.comparison import Cell
+from proxymoe.simulations.comparison import Cell, over_seeds, recovered
 
 HOW = ("kept_fraction", "calibration", "mode", "router", "allocation", "healed")
 Key = tuple[Any, ...]
@@ -53,13 +53,14 @@ def extraction_rows(
 def _measured(cells: list[Cell], full: Mapping[Key, Cell]) -> dict[str, Any]:
     """Means over these cells: of one device, or of several with each counting the same."""
     pairs = [(cell, full[cell["seed"], cell["device"]]) for cell in cells]
-    gaps = [cell["plugged"]["loss"] - best["plugged"]["loss"] for cell, best in pairs]
-    gap, stderr = _over_seeds([cell["seed"] for cell in cells], gaps)
+    gap, stderr = over_seeds(
+        (cell["seed"], cell["plugged"]["loss"] - best["plugged"]["loss"]) for cell, best in pairs
+    )
     proxies = [cell["alone"] for cell in cells if cell["alone"]]
     return {
         "seed_count": len({cell["seed"] for cell in cells}),
-        "recovered_gain": _recovered(pairs, "accuracy"),
-        "recovered_gain_loss": _recovered(pairs, "loss"),
+        "recovered_gain": recovered(pairs, "accuracy", "plugged"),
+        "recovered_gain_loss": recovered(pairs, "loss", "plugged"),
         "gap_nats": gap,
         "stderr": stderr,
         "plugged": _mean(cell["plugged"]["loss"] for cell in cells),
@@ -71,26 +72,6 @@ def _measured(cells: list[Cell], full: Mapping[Key, Cell]) -> dict[str, Any]:
         "bytes": _mean(cell["bytes"] for cell in cells),
         "seconds": _mean(cell["seconds"] for cell in cells),
     }
-
-
-def _recovered(pairs: list[tuple[Cell, Cell]], key: str) -> float | None:
-    """(plugged − base) / (full − base) of the means; None if full tuning gained nothing."""
-    base = np.mean([cell["base"][key] for cell, _ in pairs])
-    gain = np.mean([cell["plugged"][key] for cell, _ in pairs]) - base
-    possible = np.mean([best["plugged"][key] for _, best in pairs]) - base
-    if possible == 0 or (possible > 0) != (key == "accuracy"):
-        return None
-    return float(gain / possible)
-
-
-def _over_seeds(seeds: list[int], values: list[float]) -> tuple[float, float | None]:
-    """(mean, standard error over seeds); no error for a single seed."""
-    by_seed: dict[int, list[float]] = {}
-    for seed, value in zip(seeds, values, strict=True):
-        by_seed.setdefault(seed, []).append(value)
-    means = [float(np.mean(group)) for group in by_seed.values()]
-    error = None if len(means) < 2 else float(np.std(means, ddof=1) / np.sqrt(len(means)))
-    return float(np.mean(means)), error
 
 
 def _mean(values: Iterable[float]) -> float | None:
