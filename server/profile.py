@@ -25,6 +25,7 @@ from proxymoe.common.moe import moe_layers
 from proxymoe.common.text import Example, packed_batches
 from proxymoe.server.reading import Reader, read_whole
 from proxymoe.server.relations import LayerRelations, load_relations, mixed
+from proxymoe.server.sums import weighted_sum
 
 FEWEST_PICKS, ENOUGH_PICKS = 32, 128
 """How often an expert must be picked on average, and should be. On the shipped model, a plan for a
@@ -104,7 +105,7 @@ class Profile:
         if (known := self._last.get(key)) is not None:
             return known
         found = {
-            at: _combine([(scale[name], self.domains[name][at]) for name in mixture])
+            at: weighted_sum([(scale[name], self.domains[name][at]) for name in mixture])
             for at in next(iter(self.domains.values()))
         }
         self._last.clear()
@@ -249,13 +250,6 @@ def _observer(sums: ExpertStatistics) -> Observer:
         sums.output.index_add_(0, slots, gates.square()[:, None] * outputs)
 
     return observe
-
-
-def _combine(parts: list[tuple[float, ExpertStatistics]]) -> ExpertStatistics:
-    def total(name: str) -> Tensor:
-        return torch.stack([w * getattr(stats, name) for w, stats in parts]).sum(0)
-
-    return ExpertStatistics(*(total(name) for name in COLUMNS))
 
 
 def head(examples: Sequence[Example], max_tokens: int) -> list[Example]:

@@ -24,6 +24,7 @@ from proxymoe.common.model import LoadedModel
 from proxymoe.common.moe import MoELayer, moe_layers
 from proxymoe.common.text import Example, packed_batches
 from proxymoe.server.reading import Reader, read_whole
+from proxymoe.server.sums import weighted_sum
 
 CHUNK_TOKENS = 128
 """Tokens that all experts are run on at once: (E, T, D) in fp32 is what it takes."""
@@ -88,12 +89,7 @@ LayerRelations = dict[int, Relations]
 
 def mixed(parts: Sequence[tuple[float, LayerRelations]]) -> LayerRelations:
     """The weighted sum of several domains' relations."""
-    names = [field.name for field in fields(Relations)]
-
-    def total(at: int, name: str) -> Tensor:
-        return torch.stack([w * getattr(found[at], name) for w, found in parts]).sum(0)
-
-    return {at: Relations(*(total(at, name) for name in names)) for at in parts[0][1]}
+    return {at: weighted_sum([(w, found[at]) for w, found in parts]) for at in parts[0][1]}
 
 
 def relate_domain(
