@@ -129,7 +129,7 @@ class Runner:
                 answer: RecordDict | Error
                 context: Context | None
                 try:
-                    pulled = task.pull(lambda: self._is_superseded(supernode))
+                    pulled = self._pulled(task, supernode, stop)
                     answer, context = self._answer(task, *pulled, stop)
                 except Unreadable as error:
                     answer, context = _error(REFUSED, str(error)), None
@@ -140,6 +140,15 @@ class Runner:
             log.warning("a task is lost: %s", error)
         except Exception:  # one bad task must not be the last
             log.exception("a task failed")
+
+    def _pulled(
+        self, task: Task, supernode: SuperNode, stop: threading.Event
+    ) -> tuple[Message, Context]:
+        try:
+            return task.pull(lambda: stop.is_set() or self._is_superseded(supernode))
+        except Lost:
+            task.give_up()
+            raise
 
     def _send(self, task: Task, answer: RecordDict | Error, context: Context | None) -> None:
         """Sends an answer that may be on record, else nothing but that there is none."""

@@ -15,6 +15,7 @@ The one file with private names of Flower, all of them as in flwr 1.41 (see `cli
 """
 # ruff: noqa: E402  the version is checked before any private name is imported
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -175,6 +176,16 @@ class Task:
             context=serde.context_to_proto(context) if context else None,
         )
         self._call(self._client.PushTaskOutput, end)
+
+    def give_up(self) -> None:
+        """Ends the task without an answer, if the SuperNode still knows of it.
+
+        Left alone, it would lapse after 60 s, and Flower would put an error into the outbox. That
+        is taken for the answer to whatever message comes next, whose own then waits for another.
+        """
+        with contextlib.suppress(Lost):
+            end = runtime_pb2.PushTaskOutputRequest(sub_status="failed")
+            self._call(self._client.PushTaskOutput, end)
 
     def beat(self, pause: float = 0.0) -> None:
         """A sign of life if one is due, after a pause in seconds."""

@@ -192,6 +192,13 @@ class SuperNode:
         soon(lambda: self.state.msg_store[message_id].is_retrieved)
         return message_id
 
+    def cut_off(self, message):
+        """Has a message pulled as Flower leaves it when its run ends while parts are under way."""
+        message.metadata.__dict__["_message_id"] = message.object_id
+        self.state.object_store.preregister(RUN, get_object_tree(message))
+        self.state.store_message(message)
+        self.pulled(message.object_id)
+
     def reply(self, message_id):
         """What the SuperNode would send in reply to a message."""
 
@@ -362,13 +369,28 @@ def test_a_message_may_come_later_than_its_task_and_its_objects_still_later(devi
 def test_a_message_that_never_comes_whole_is_given_up_when_another_comes(device, is_listed):
     message = wish("go")
     device.task()
-    if is_listed:  # as Flower leaves it when the run ends while its parts are under way
-        message.metadata.__dict__["_message_id"] = message.object_id
-        device.state.object_store.preregister(RUN, get_object_tree(message))
-        device.state.store_message(message)
-        device.pulled(message.object_id)
+    if is_listed:
+        device.cut_off(message)
     time.sleep(0.3)
     assert [device.told("go")["count"] for _ in range(2)] == [1, 2]
+
+
+@flower
+def test_a_message_that_is_given_up_leaves_nothing_that_would_pass_for_the_next_answer(device):
+    task = device.task()
+    device.cut_off(wish("go"))
+    answered = device.ask("go")
+    assert device.reply(answered).content["told"]["count"] == 1
+    assert device.state.get_tasks(task_ids=[task])[0].status.sub_status == "failed"
+    soon(lambda: not device.state.task_token_store)  # or it would lapse, with an error for answer
+
+
+@flower
+def test_a_runner_can_be_stopped_while_it_waits_for_a_message(installed, supernode, fast):
+    with running(Runner(supernode.address, SECRET, installed.load, installed.check)):
+        task = supernode.task()
+        soon(lambda: supernode.state.get_tasks(task_ids=[task])[0].status.status == "running")
+    assert supernode.state.get_tasks(task_ids=[task])[0].status.sub_status == "failed"
 
 
 @flower
