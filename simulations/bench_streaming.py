@@ -21,6 +21,7 @@ from rich.table import Table
 
 from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.files import write_json
+from proxymoe.common.plan import Precision
 from proxymoe.simulations import streaming_steps as steps
 from proxymoe.simulations.large import Shape, write_olmoe
 
@@ -41,6 +42,7 @@ def bench(
     inner: Annotated[int, typer.Option(min=32)] = 1024,
     tokens: Annotated[int, typer.Option(min=256, help="To profile.")] = 1024,
     threads: Annotated[int, typer.Option(min=1, help="Of profile and tuning.")] = 1,
+    rows: Annotated[int, typer.Option(min=1, help="Of 128 tokens, in a tuning step.")] = 4,
     keep: Annotated[bool, typer.Option(help="Leave the files there for another run.")] = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Where to write the numbers as JSON.")
@@ -51,13 +53,14 @@ def bench(
     report: dict[str, Any] = {
         "shape": {name: getattr(shape, name) for name in shape.__dataclass_fields__},
         "profiled_tokens": tokens,
+        "tuned_rows": rows,
         "threads": threads,
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],
     }
     try:
         write_olmoe(folder / "base", shape, np.random.default_rng(0))
-        run_steps(folder, report, tokens, threads)
+        run_steps(folder, report, tokens, threads, rows)
     except ProxyMoEError as error:
         console.print(f"[red]error:[/] {error}", soft_wrap=True)
         raise typer.Exit(1) from error
@@ -71,8 +74,10 @@ def bench(
         write_json(json_path, report)
 
 
-def run_steps(folder: Path, report: dict[str, Any], tokens: int, threads: int) -> None:
-    """Every step in turn, each in a fresh process; what it steps.measured goes into the report."""
+def run_steps(
+    folder: Path, report: dict[str, Any], tokens: int, threads: int, rows: int
+) -> None:
+    """Every step in turn, each in a fresh process; what it measured goes into the report."""
 
     def step(name: str, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
         console.print(f"{name}: ", end="")
@@ -91,15 +96,21 @@ def run_steps(folder: Path, report: dict[str, Any], tokens: int, threads: int) -
     for cache in ("warm", "cold"):
         step(f"materialise, {cache}", steps.materialise_proxy, cache)
     step("merge", steps.merge_base)
-    proxy = step("tune proxy", steps.tune_folder, "proxy")
+    proxies = {Precision.BF16: step("tune proxy", steps.tune_folder, "proxy", rows)}
+    for experts in (Precision.INT8, Precision.INT4):
+        step(f"proxy, {experts}", steps.hold_proxy, experts.value)
+        name = f"proxy, {experts}"
+        proxies[experts] = step(f"tune {name}", steps.tune_folder, name, rows)
     needed = report["bytes"] / MB + SPARE_MB
     if (free := psutil.virtual_memory().available / MB) < needed:
         report["tune full"] = {"skipped": f"needs {needed:.0f} MB of memory, {free:.0f} are free"}
         return
     step("full model", steps.materialise_full)
-    full = step("tune full", steps.tune_folder, "full")
-    report["memory_ratio"] = full["peak_mb"] / proxy["peak_mb"]
-    report["weights_ratio"] = full["weights_mb"] / proxy["weights_mb"]
+    full = step("tune full", steps.tune_folder, "full", rows)
+    report["ratios"] = {
+        experts.value: {what: full[what] / proxy[what] for what in ("peak_mb", "weights_mb")}
+        for experts, proxy in proxies.items()
+    }
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -133,13 +144,13 @@ def remarks(report: dict[str, Any]) -> Iterator[str]:
             f"proxy of {found['proxy_bytes'] / MB:.0f} MB, cache {cache}: {speeds}, "
             f"{found['copy_ratio']:.2f} of a plain copy's speed; the aim is 0.8"
         )
-    if "memory_ratio" in report:
+    for experts, ratio in report.get("ratios", {}).items():
         yield (
-            f"tuning the full model takes {report['memory_ratio']:.2f} x the proxy's peak (weights "
-            f"{report['weights_ratio']:.2f} x), the aim is 6.6"
+            f"tuning the full model takes {ratio['peak_mb']:.2f} x the peak of the proxy with "
+            f"experts in {experts} (weights {ratio['weights_mb']:.2f} x), the aim is 6.6"
         )
-    else:
-        yield f"tuning the full model was not steps.measured: it {report['tune full']['skipped']}"
+    if skipped := report["tune full"].get("skipped"):
+        yield f"tuning the full model was not measured: it {skipped}"
 
 
 if __name__ == "__main__":

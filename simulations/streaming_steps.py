@@ -24,7 +24,7 @@ from proxymoe.common.checkpoint import WEIGHTS
 from proxymoe.common.config import Allocation, ExtractSettings, TrainSettings
 from proxymoe.common.measure import peak_rss_mb
 from proxymoe.common.model import load
-from proxymoe.common.plan import Plan
+from proxymoe.common.plan import Plan, Precision
 from proxymoe.common.text import Example, read_rows, tokenise
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.extract import extract
@@ -137,15 +137,26 @@ def materialise_full(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def tune_folder(folder: Path, name: str) -> dict[str, Any]:
-    """Tunes an attention adapter, the same for both models, for two steps of 1 x 128 tokens."""
-    loaded = load(folder / name)
+def hold_proxy(folder: Path, experts: str) -> dict[str, Any]:
+    """Writes the proxy with its experts in another precision."""
+    plan = Plan.model_validate_json((folder / "plan.json").read_bytes())
+    held = plan.model_copy(update={"experts": Precision(experts)})
+    _base(folder).materialise(held, folder / f"proxy, {experts}")
+    return {}
+
+
+def tune_folder(folder: Path, name: str, rows: int) -> dict[str, Any]:
+    """Tunes an attention adapter, the same for all models, for two steps of `rows` x 128 tokens."""
+    loaded = load(folder / name, torch.bfloat16)
     layout = adapter_layout(loaded.model, ("attention",), RANK, 0)
-    settings = TrainSettings(steps=TUNED_STEPS, batch_size=1)
+    settings = TrainSettings(steps=TUNED_STEPS, batch_size=rows)
     rng = np.random.default_rng(0)
-    row = rng.integers(4, 4000, ROW_TOKENS).tolist()
+    examples = [
+        Example(tuple(rng.integers(4, 4000, ROW_TOKENS).tolist()), 1)
+        for _ in range(TUNED_STEPS * rows)
+    ]
     started = time.monotonic()
-    tune(loaded, layout, layout.zeros(), [Example(tuple(row), 1)], settings, rng)
+    tune(loaded, layout, layout.zeros(), examples, settings, rng)
     return {
         "seconds": time.monotonic() - started,
         "weights_mb": (folder / name / WEIGHTS).stat().st_size / MB,
