@@ -54,12 +54,18 @@ class Summation(Protocol):
 
 
 class PlainSum:
-    """A sum in the clear: the server sees every update while it adds. For trusted set-ups."""
+    """A sum in the clear: the server sees every update while it adds. For trusted set-ups.
 
-    notice = "plain sum: the coordinator sees single updates; no secure aggregation yet"
+    Args:
+        full: layout of the full adapter.
+        fewest_holders: a block that fewer of the added devices hold is in no sum.
+    """
 
-    def __init__(self, full: AdapterLayout) -> None:
-        self._full = full
+    notice = "plain sum: the coordinator sees single updates"
+
+    def __init__(self, full: AdapterLayout, fewest_holders: int = 1) -> None:
+        self._full, self._fewest = full, fewest_holders
+        self._holders = torch.zeros(len(full.blocks), dtype=torch.int64)
         self._total = torch.zeros(full.size, dtype=torch.float64)
         self._weight = torch.zeros(len(full.blocks), dtype=torch.float64)
         self._added: set[str] = set()
@@ -72,13 +78,18 @@ class PlainSum:
         if layout.blocks == self._full.blocks:
             self._total += weight * update.double()
             self._weight += weight
+            self._holders += 1
         else:
             for block, start, stop in layout.positions_in(self._full):
                 span = slice(self._full.bounds[block], self._full.bounds[block + 1])
                 self._total[span] += weight * update[start:stop].double()
                 self._weight[block] += weight
+                self._holders[block] += 1
         self._added.add(device)
 
     def sum(self) -> BlockSum:
         """See `Summation.sum`."""
-        return BlockSum(self._total.clone(), self._weight.clone(), len(self._added))
+        enough = self._holders >= self._fewest
+        sizes = torch.tensor(self._full.sizes)
+        total = self._total * enough.repeat_interleave(sizes)
+        return BlockSum(total, self._weight * enough, len(self._added))

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from proxymoe.common.config import Experiment, load_experiment
 from proxymoe.common.errors import ConfigError
+from proxymoe.common.experiment import Experiment, load_experiment
 from proxymoe.server.settings import CoordinatorSettings
 
 SHARED = (

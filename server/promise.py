@@ -142,14 +142,15 @@ def summations(
 ) -> Callable[[int], Summation]:
     """The summation in the clear of each round; with noise, what it costs is on record before."""
     layout, noise = federation.layout, federation.noise
+    fewest = federation.settings.fewest_holders
     if noise is None:
-        return lambda _: PlainSum(layout)
+        return lambda _: PlainSum(layout, fewest)
     mechanism = noise.mechanism(federation.settings.clip_norm)
     spend = spending(settings, federation, store)
 
     def summation_of(number: int) -> Summation:
         account = partial(spend, number, ATTEMPT)
-        return PrivateSum(layout, mechanism, PlainSum(layout), secrets.token_bytes, account)
+        return PrivateSum(layout, mechanism, PlainSum(layout, fewest), secrets.token_bytes, account)
 
     return summation_of
 

@@ -204,8 +204,8 @@ class CoordinatorSettings(Section):
 
     @property
     def smallest_class(self) -> int:
-        """Fewest holders in a cohort by which a block is summed; one in the clear."""
-        return self.sums.smallest_class if self.masked else 1
+        """Fewest holders in a cohort by which a block is summed."""
+        return self.sums.smallest_class if self.masked else self.federation.fewest_holders
 
     @property
     def round_rules(self) -> "Rules":

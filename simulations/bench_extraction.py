@@ -19,8 +19,8 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from proxymoe.common.config import Experiment  # noqa: E402
 from proxymoe.common.errors import ProxyMoEError  # noqa: E402
+from proxymoe.common.experiment import Experiment  # noqa: E402
 from proxymoe.common.files import write_json  # noqa: E402
 from proxymoe.simulations.cli import open_run  # noqa: E402
 from proxymoe.simulations.comparison import Cell, mode_label  # noqa: E402

@@ -18,8 +18,8 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from proxymoe.common.config import Experiment, load_experiment  # noqa: E402
 from proxymoe.common.errors import ProxyMoEError  # noqa: E402
+from proxymoe.common.experiment import Experiment, load_experiment  # noqa: E402
 from proxymoe.common.files import write_json  # noqa: E402
 from proxymoe.simulations.cli import EXPERIMENTS  # noqa: E402
 from proxymoe.simulations.forkserver import start_forkserver  # noqa: E402

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from proxymoe.client.train import tune
-from proxymoe.common.config import TrainSettings, load_experiment
+from proxymoe.common.config import TrainSettings
 from proxymoe.common.contribution import Contribution, Limits
 from proxymoe.common.directory import PinnedKeys, signer
+from proxymoe.common.experiment import load_experiment
 from proxymoe.common.files import write_json
 from proxymoe.common.fixed_point import Floats, range_for, word_bits_for
 from proxymoe.common.identity import new_device_key, public_key

@@ -74,9 +74,7 @@ def bench(
         write_json(json_path, report)
 
 
-def run_steps(
-    folder: Path, report: dict[str, Any], tokens: int, threads: int, rows: int
-) -> None:
+def run_steps(folder: Path, report: dict[str, Any], tokens: int, threads: int, rows: int) -> None:
     """Every step in turn, each in a fresh process; what it measured goes into the report."""
 
     def step(name: str, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

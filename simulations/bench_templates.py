@@ -6,6 +6,7 @@ holders; in cohorts as a deck has them, and by coverage.
 `python -m proxymoe.simulations.bench_templates`.
 """
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,8 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from proxymoe.common.config import Experiment, load_experiment  # noqa: E402
 from proxymoe.common.errors import ProxyMoEError  # noqa: E402
+from proxymoe.common.experiment import Experiment, load_experiment  # noqa: E402
 from proxymoe.common.files import write_json  # noqa: E402
 from proxymoe.simulations.cli import EXPERIMENTS  # noqa: E402
 from proxymoe.simulations.forkserver import start_forkserver  # noqa: E402
@@ -47,8 +48,11 @@ def bench(
         list[int] | None, typer.Option(min=0, help="Sizes of catalogues; 0: own plans.")
     ] = None,
     smallest: Annotated[
-        list[int] | None, typer.Option(min=1, help="Smallest mask classes; 1: in the clear.")
+        list[int] | None, typer.Option(min=1, help="Fewest holders of a block that is summed.")
     ] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Sum in the clear where there may be masks, too.")
+    ] = False,
     cohorts: Annotated[
         list[str] | None, typer.Option(help="Who is asked together: deck, covering.")
     ] = None,
@@ -70,7 +74,7 @@ def bench(
     rows: list[dict[str, Any]] = []
     try:
         with tempfile.TemporaryDirectory(prefix="proxymoe-templates-") as folder:
-            for about, experiment in variants(shared, *chosen):
+            for about, experiment in variants(shared, *chosen, clear=clear):
                 run = Path(folder) / str(len(rows))
                 rows.append(about | measured(experiment, run, cache or Path(folder) / "cache"))
                 console.print(f"{' '.join(map(str, about.values()))}: {rows[-1]['accuracy']:.3f}")
@@ -85,20 +89,27 @@ def bench(
 
 
 def variants(
-    shared: tuple[str, ...], templates: list[int], smallest: list[int], cohorts: list[str]
+    shared: tuple[str, ...],
+    templates: list[int],
+    smallest: list[int],
+    cohorts: list[str],
+    *,
+    clear: bool,
 ) -> Iterator[tuple[dict[str, Any], Experiment]]:
     """Every federation, with what is told about it: full models first."""
     default = EXPERIMENTS / "default.toml"
-    about: dict[str, Any] = {"plans": FULL, "smallest_class": 1, "cohorts": "deck"}
+    about: dict[str, Any] = {"plans": FULL, "masked": False, "smallest_class": 1, "cohorts": "deck"}
     yield about, load_experiment(default, (*shared, "extract.kept_fraction=1.0"))
-    for count in templates:
-        for least in smallest:
-            masks = ("secure=true", f"smallest_sum={least}") if least > 1 else ()
-            for rule in cohorts:
-                plans = f"of {count} templates" if count else "their own"
-                about = {"plans": plans, "smallest_class": least, "cohorts": rule}
-                own = (f"extract.templates={count}", f"federation.cohorts={rule}")
-                yield about, load_experiment(default, (*shared, *masks, *own))
+    for count, least, rule in itertools.product(templates, smallest, cohorts):
+        for masked in (False, True):
+            if (masked and least == 1) or (not masked and least > 1 and not clear):
+                continue
+            plans = f"of {count} templates" if count else "their own"
+            about = {"plans": plans, "masked": masked, "smallest_class": least, "cohorts": rule}
+            masks = ("secure=true", f"smallest_sum={least}")
+            sums = masks if masked else (f"federation.fewest_holders={least}",)
+            own = (f"extract.templates={count}", f"federation.cohorts={rule}")
+            yield about, load_experiment(default, (*shared, *sums, *own))
 
 
 def measured(experiment: Experiment, folder: Path, cache: Path) -> dict[str, Any]:
@@ -119,7 +130,9 @@ def measured(experiment: Experiment, folder: Path, cache: Path) -> dict[str, Any
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for people; the gain is that of full models."""
-    found = Table("plans", "masks", "cohorts", "accuracy", "loss", "gain", "skipped", "never")
+    found = Table(
+        "plans", "sum", "holders", "cohorts", "accuracy", "loss", "gain", "skipped", "never"
+    )
     for title in ("rarely", "energy", "in vain"):
         found.add_column(title)
     for row in rows:
@@ -127,7 +140,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
         never = coverage["unheld"], coverage["never"]
         found.add_row(
             row["plans"],
-            "–" if least == 1 else f"from {least}",
+            "masked" if row["masked"] else "clear",
+            str(least),
             row["cohorts"],
             f"{row['accuracy']:.3f}",
             f"{row['loss']:.3f}",

@@ -16,8 +16,8 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.logging import RichHandler  # noqa: E402
 
-from proxymoe.common.config import Experiment, load_experiment  # noqa: E402
 from proxymoe.common.errors import ConfigError, ProxyMoEError  # noqa: E402
+from proxymoe.common.experiment import Experiment, load_experiment  # noqa: E402
 from proxymoe.common.files import write_bytes  # noqa: E402
 from proxymoe.simulations.forkserver import start_forkserver  # noqa: E402
 

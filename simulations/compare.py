@@ -16,14 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from proxymoe.common.adapter import adapter_layout
-from proxymoe.common.config import (
-    Calibration,
-    Experiment,
-    ExtractSettings,
-    Mode,
-    PlanMode,
-    TrainSettings,
-)
+from proxymoe.common.config import ExtractSettings, PlanMode, TrainSettings
+from proxymoe.common.experiment import Calibration, Experiment, Mode
 from proxymoe.common.files import write_json
 from proxymoe.common.loss import Quality
 from proxymoe.common.plan import Plan

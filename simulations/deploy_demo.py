@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from proxymoe.common.checkpoint import read_tensors
-from proxymoe.common.config import Experiment, load_experiment
 from proxymoe.common.errors import ProxyMoEError
+from proxymoe.common.experiment import Experiment, load_experiment
 from proxymoe.common.files import digest_of
 from proxymoe.simulations.cli import EXPERIMENTS
 from proxymoe.simulations.deployment import Deployment, deployed

@@ -19,8 +19,8 @@ from typing import Any, Self
 import tomli_w
 
 from proxymoe.client.policy import load_policy, policy_text
-from proxymoe.common.config import Experiment
 from proxymoe.common.errors import ProxyMoEError
+from proxymoe.common.experiment import Experiment
 from proxymoe.common.files import write_bytes
 from proxymoe.common.offline import LOOPBACK, OFFLINE
 from proxymoe.server.begin import shared_with

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from proxymoe.common.adapter import AdapterLayout
-from proxymoe.common.config import Experiment
+from proxymoe.common.experiment import Experiment
 from proxymoe.common.plan import Plan
 from proxymoe.server.aggregate import Summation
 from proxymoe.server.cohorts import drawing

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from proxymoe.common.config import Experiment
+from proxymoe.common.experiment import Experiment
 from proxymoe.common.files import digest_of
 from proxymoe.common.loss import Quality
 from proxymoe.common.model import compute_dtype

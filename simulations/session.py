@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 
-from proxymoe.common.config import Experiment
+from proxymoe.common.experiment import Experiment
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.simulations.compare import run_comparison
 from proxymoe.simulations.federate import federate

@@ -8,8 +8,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from proxymoe.common.adapter import AdapterLayout
-from proxymoe.common.config import DeviceSettings, Experiment
+from proxymoe.common.config import DeviceSettings
 from proxymoe.common.errors import ConfigError
+from proxymoe.common.experiment import Experiment
 from proxymoe.common.text import Example, Examples, TooLong, read_rows, tokenise
 
 ASSETS = Path(__file__).parent / "assets"

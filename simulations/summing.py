@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from proxymoe.common.accounting import epsilon_of
-from proxymoe.common.config import Experiment
 from proxymoe.common.errors import ConfigError
+from proxymoe.common.experiment import Experiment
 from proxymoe.common.price import Price, price, unkept
 from proxymoe.common.privacy import CLIP_STEPS, Mode, Span
 from proxymoe.common.privacy_settings import steps_under_masks
@@ -59,7 +59,7 @@ class Summing:
         federation, settings = self.federation, self.experiment.privacy
         noiseless = settings.mode is Mode.CLIP_ONLY
         rng = np.random.default_rng([self.experiment.seed, number])
-        inner: Summation = PlainSum(federation.layout)
+        inner: Summation = PlainSum(federation.layout, federation.settings.fewest_holders)
         if self.experiment.secure:
             clip_norm = federation.settings.clip_norm if noiseless else None
             smallest = self.experiment.smallest_sum

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from proxymoe.common.adapter import AdapterLayout, adapter_layout
 from proxymoe.common.checkpoint import WEIGHTS, write_tensors
-from proxymoe.common.config import Calibration, Experiment, ExtractSettings, PlanMode
+from proxymoe.common.config import ExtractSettings, PlanMode
+from proxymoe.common.experiment import Calibration, Experiment
 from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.model import TABLES_FILE
 from proxymoe.common.plan import Plan

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from proxymoe.common.config import Experiment
+from proxymoe.common.experiment import Experiment
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.simulations.site import Site
 from proxymoe.simulations.world import open_site

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import proxymoe.simulations.site as site
-from proxymoe.common.config import DeviceSettings, Experiment, load_experiment
+from proxymoe.common.config import DeviceSettings
 from proxymoe.common.errors import ConfigError
+from proxymoe.common.experiment import Experiment, load_experiment
 
 MINIMAL = """
 name = "trial"
@@ -78,6 +79,7 @@ def test_there_are_shipped_experiments():
         ),
         ('[adapter]\ntargets = ["router"]\n', r"adapter\.targets\.0"),
         ("[federation]\nclip_norm = 0\n", r"federation\.clip_norm: .*greater than 0"),
+        ("[federation]\ncohort_size = 2\nfewest_holders = 3\n", "federation: .*no block would"),
         ("[federation]\nmomentum = 1.0\n", r"federation\.momentum: .*less than 1"),
         ("[[devices]]\ndata = 'x'\nnames = ['home']\n", "device names must be distinct"),
         ("[[devices]]\ndata = 'x'\nnames = []\n", r"devices\.1\.names"),

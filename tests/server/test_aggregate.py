@@ -29,8 +29,8 @@ def contributions(cohort, weight: float = 1.0):
     return found
 
 
-def summed(added, order=None):
-    summation = PlainSum(FULL)
+def summed(added, order=None, fewest_holders=1):
+    summation = PlainSum(FULL, fewest_holders)
     for name in order or added:
         summation.add(name, *added[name])
     return summation.sum()
@@ -84,6 +84,18 @@ def test_every_block_is_the_mean_over_its_holders_and_zero_without_any(cohort):
             assert_near(found, torch.stack(held).mean(0), 1e-6)
         else:
             assert found.eq(0).all()
+
+
+@few
+@given(cohorts, st.integers(1, 5))
+def test_a_block_with_too_few_holders_is_in_no_sum_and_the_others_are_as_ever(cohort, fewest):
+    added = contributions(cohort, weight=0.5)
+    all_of_them, found = summed(added), summed(added, fewest_holders=fewest)
+    holders = all_of_them.weight / 0.5
+    assert torch.equal(found.weight, all_of_them.weight * (holders >= fewest))
+    held = found.held(FULL)
+    assert torch.equal(found.mean(FULL)[held], all_of_them.mean(FULL)[held])
+    assert not found.total[~held].any()
 
 
 @few

@@ -7,7 +7,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from proxymoe.common.config import load_experiment
+from proxymoe.common.experiment import load_experiment
 from proxymoe.common.keys_at_rest import PASSPHRASE_FILE, read_key, write_key
 from proxymoe.common.tickets import is_secret, parse_token
 from proxymoe.server.cli import app

@@ -11,9 +11,9 @@ import torch
 from proxymoe.common.adapter import adapter_layout
 from proxymoe.common.assignment import Application
 from proxymoe.common.certificates import DeviceCertificate
-from proxymoe.common.config import load_experiment
 from proxymoe.common.domains import load_table
 from proxymoe.common.errors import BudgetError, ConfigError
+from proxymoe.common.experiment import load_experiment
 from proxymoe.common.files import digest_of
 from proxymoe.common.manifest import Manifest, materialise
 from proxymoe.common.model import TABLES_FILE, load

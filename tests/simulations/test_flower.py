@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from proxymoe.common.config import Experiment
 from proxymoe.common.errors import ConfigError, ProxyMoEError
+from proxymoe.common.experiment import Experiment
 from proxymoe.common.files import digest_of
 from proxymoe.server.aggregate import PlainSum
 from proxymoe.server.journal import Journal, initial_state
