@@ -145,11 +145,14 @@ def hold_proxy(folder: Path, experts: str) -> dict[str, Any]:
     return {}
 
 
-def tune_folder(folder: Path, name: str, rows: int) -> dict[str, Any]:
-    """Tunes an attention adapter, the same for all models, for two steps of `rows` x 128 tokens."""
+def tune_folder(folder: Path, name: str, rows: int, again: bool) -> dict[str, Any]:
+    """Tunes an attention adapter, the same for all models, for two steps of `rows` x 128 tokens.
+
+    With `again`, activations are computed again in the backward pass.
+    """
     loaded = load(folder / name, torch.bfloat16)
     layout = adapter_layout(loaded.model, ("attention",), RANK, 0)
-    settings = TrainSettings(steps=TUNED_STEPS, batch_size=rows)
+    settings = TrainSettings(steps=TUNED_STEPS, batch_size=rows, gradient_checkpointing=again)
     rng = np.random.default_rng(0)
     examples = [
         Example(tuple(rng.integers(4, 4000, ROW_TOKENS).tolist()), 1)

@@ -52,6 +52,8 @@ def one_thread() -> None:
     import torch
     from transformers.utils import logging
 
+    # Whom a shell starts in the background is born to ignore interrupts, and so are its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     gc.freeze()
