@@ -127,6 +127,11 @@ class Plan(BaseModel):
         return digest_of(canonical_json(self.model_dump(mode="json")))
 
     @property
+    def kept(self) -> dict[int, tuple[int, ...]]:
+        """Ids of the kept experts, by decoder layer."""
+        return {at: layer.kept for at, layer in self.layers.items()}
+
+    @property
     def num_kept(self) -> int:
         """Kept experts over all layers."""
         return sum(len(layer.kept) for layer in self.layers.values())

@@ -16,8 +16,8 @@ from math import comb
 import numpy as np
 
 from proxymoe.common.adapter import AdapterLayout
+from proxymoe.common.allocation import Scores
 from proxymoe.server.cohorts import holding
-from proxymoe.server.modes.choice import Scores
 
 RARELY = 0.5
 """A block that is summed in a smaller share of the rounds is summed rarely."""

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from proxymoe.common.allocation import Room
 from proxymoe.common.checkpoint import bytes_of
 from proxymoe.common.config import ExtractSettings
 from proxymoe.common.errors import BudgetError, PlanError
 from proxymoe.common.files import digest_of
 from proxymoe.common.plan import LayerPlan, Others, Plan, RouterMode
 from proxymoe.server.base import BaseCheckpoint
-from proxymoe.server.modes import MODES, Choice, Evidence, Mode, Room
+from proxymoe.server.modes import MODES, Choice, Evidence, Mode
 from proxymoe.server.profile import Profile
 
 

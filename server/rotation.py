@@ -5,8 +5,8 @@ Shapes: E experts of a layer.
 
 import numpy as np
 
+from proxymoe.common.allocation import Scores
 from proxymoe.common.plan import LayerPlan, Plan
-from proxymoe.server.modes.choice import Scores
 
 
 def rotated(plan: Plan, scores: Scores, share: float, rng: np.random.Generator) -> Plan:

@@ -20,22 +20,14 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from proxymoe.common.allocation import Scores, covered_energy
 from proxymoe.common.config import ExtractSettings
-from proxymoe.common.plan import Plan
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.extract import Extraction, extract
-from proxymoe.server.modes.choice import Scores
 from proxymoe.server.profile import Profile
 
 CATALOGUES = 8
 """How many are remembered, one for each budget that devices ask for."""
-
-
-def covered_energy(scores: Scores, plan: Plan) -> float:
-    """The share of these energies that a plan's kept experts have, from 0 to 1."""
-    kept = sum(float(scores[at][list(layer.kept)].sum()) for at, layer in plan.layers.items())
-    total = sum(float(values.sum()) for values in scores.values())
-    return kept / total if total else 1.0
 
 
 def energies(profile: Profile, mixture: dict[str, float]) -> Scores:
@@ -77,7 +69,7 @@ def catalogue(
     candidates = list(found.values())
     covered = np.array(
         [
-            [covered_energy(scores, candidate.plan) for candidate in candidates]
+            [covered_energy(scores, candidate.plan.kept) for candidate in candidates]
             for scores in (energies(profile, mixture) for mixture in mixtures)
         ]
     )
@@ -86,7 +78,7 @@ def catalogue(
 
 def best(templates: Iterable[Extraction], scores: Scores) -> Extraction:
     """The template that covers most of these energies; the first where several do."""
-    return max(templates, key=lambda found: covered_energy(scores, found.plan))
+    return max(templates, key=lambda found: covered_energy(scores, found.plan.kept))
 
 
 class Extractor:

@@ -13,7 +13,7 @@ from proxymoe.server.modes import (
     random,
     reap,
 )
-from proxymoe.server.modes.choice import Choice, Evidence, Mode, Room
+from proxymoe.server.modes.choice import Choice, Evidence, Mode
 
 MODES: dict[PlanMode, Mode] = {
     PlanMode.DROP: drop.MODE,
@@ -28,4 +28,4 @@ MODES: dict[PlanMode, Mode] = {
     PlanMode.RANDOM: random.MODE,
 }
 
-__all__ = ["MODES", "Choice", "Evidence", "Mode", "Room"]
+__all__ = ["MODES", "Choice", "Evidence", "Mode"]

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from proxymoe.common.allocation import Room
 from proxymoe.common.plan import Others
 from proxymoe.server.base import BaseCheckpoint
-from proxymoe.server.modes.choice import Choice, Evidence, Mode, Room, table_of_offsets
+from proxymoe.server.modes.choice import Choice, Evidence, Mode, table_of_offsets
 from proxymoe.server.modes.mean import trust
 from proxymoe.server.relations import Relations
 

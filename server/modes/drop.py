@@ -4,7 +4,8 @@ Leaving expert e out changes its layer's output, over the device's tokens, by th
 E[g² ‖f_e‖²] that it contributed (g gate, f output). The gates of kept experts stay as they are.
 """
 
-from proxymoe.server.modes.choice import Choice, Evidence, Mode, Room
+from proxymoe.common.allocation import Room
+from proxymoe.server.modes.choice import Choice, Evidence, Mode
 
 
 def choose(evidence: Evidence, room: Room) -> Choice:

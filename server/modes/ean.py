@@ -3,7 +3,8 @@
 A baseline of REAP (arXiv 2510.13999, section 4), which found it second to itself.
 """
 
-from proxymoe.server.modes.choice import Choice, Evidence, Mode, Room
+from proxymoe.common.allocation import Room
+from proxymoe.server.modes.choice import Choice, Evidence, Mode
 
 
 def choose(evidence: Evidence, room: Room) -> Choice:

@@ -1,6 +1,7 @@
 """`frequency`: how often the router chooses the expert (SEER-MoE, arXiv 2404.05089, and others)."""
 
-from proxymoe.server.modes.choice import Choice, Evidence, Mode, Room
+from proxymoe.common.allocation import Room
+from proxymoe.server.modes.choice import Choice, Evidence, Mode
 
 
 def choose(evidence: Evidence, room: Room) -> Choice:

@@ -12,9 +12,10 @@ models; neither is done here.
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 
+from proxymoe.common.allocation import Room
 from proxymoe.common.plan import Others
 from proxymoe.server.merging import merged_tables
-from proxymoe.server.modes.choice import Choice, Evidence, Mode, Room
+from proxymoe.server.modes.choice import Choice, Evidence, Mode
 
 
 def choose(evidence: Evidence, room: Room) -> Choice:

@@ -7,8 +7,9 @@ without its square roots is the energy that the constant Σg²f / Σg² leaves: 
 import torch
 from torch import Tensor
 
+from proxymoe.common.allocation import Room
 from proxymoe.common.plan import Others
-from proxymoe.server.modes.choice import Choice, Evidence, Mode, Room, table_of_offsets
+from proxymoe.server.modes.choice import Choice, Evidence, Mode, table_of_offsets
 
 SHRINKAGE_TOKENS = 20.0
 """A mean output seen on n tokens is shrunk by n / (n + this): few tokens, little trust."""

@@ -12,9 +12,10 @@ cores' rows only. Knowledge distillation and the low-rank step of MC-SMoE are le
 
 import torch
 
+from proxymoe.common.allocation import Room
 from proxymoe.common.plan import Others
 from proxymoe.server.merging import merged_tables
-from proxymoe.server.modes.choice import Choice, Evidence, Mode, Room
+from proxymoe.server.modes.choice import Choice, Evidence, Mode
 
 
 def choose(evidence: Evidence, room: Room) -> Choice:

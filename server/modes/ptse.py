@@ -20,9 +20,10 @@ the profile in place of a predictor from the first router.
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from proxymoe.common.allocation import Room
 from proxymoe.common.plan import Others
 from proxymoe.server.merging import merged_tables
-from proxymoe.server.modes.choice import Choice, Evidence, Mode, Room
+from proxymoe.server.modes.choice import Choice, Evidence, Mode
 
 ALPHA = 0.5
 """Times 1/E: the least mean probability of an expert that is not dropped."""

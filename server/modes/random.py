@@ -1,6 +1,7 @@
 """`random`: a seeded draw, the floor that every claim must clear."""
 
-from proxymoe.server.modes.choice import Choice, Evidence, Mode, Room
+from proxymoe.common.allocation import Room
+from proxymoe.server.modes.choice import Choice, Evidence, Mode
 
 
 def choose(evidence: Evidence, room: Room) -> Choice:

@@ -7,7 +7,8 @@ which is wrong for sigmoid and grouped ones. Here gates are always the family's 
 import torch
 from torch import Tensor
 
-from proxymoe.server.modes.choice import Choice, Evidence, Mode, Room
+from proxymoe.common.allocation import Room
+from proxymoe.server.modes.choice import Choice, Evidence, Mode
 from proxymoe.server.profile import ExpertStatistics
 
 

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxymoe.common.allocation import Room
 from proxymoe.common.config import Allocation
 from proxymoe.server.modes import affine, hcsmoe, msmoe, ptse
 from proxymoe.server.modes.affine import fit
-from proxymoe.server.modes.choice import Evidence, Room
+from proxymoe.server.modes.choice import Evidence
 from proxymoe.server.profile import profile_domain
 from proxymoe.server.relations import Relations, relate_domain
 from tests.server.test_extract import relations

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxymoe.common.allocation import covered_energy
 from proxymoe.common.config import ExtractSettings
 from proxymoe.common.errors import BudgetError, ConfigError
 from proxymoe.common.plan import LayerPlan, Plan
@@ -15,7 +16,6 @@ from proxymoe.server.templates import (
     Extractor,
     catalogue,
     choose,
-    covered_energy,
     energies,
 )
 from tests.laws import tried
@@ -55,8 +55,8 @@ def test_a_device_gets_the_template_that_covers_most_of_its_energy(
     templates = catalogue(qwen.base, profile, settings, 0)
     found = Extractor(qwen.base, profile).cut("a", mixture, settings, 0)
     scores = energies(profile, mixture)
-    covered = [covered_energy(scores, each.plan) for each in templates]
-    assert covered_energy(scores, found.plan) == max(covered)
+    covered = [covered_energy(scores, each.plan.kept) for each in templates]
+    assert covered_energy(scores, found.plan.kept) == max(covered)
     assert found.plan.digest in {each.plan.digest for each in templates}
 
 
@@ -92,7 +92,7 @@ def test_more_templates_never_cover_less_of_a_mixture(qwen, profile):
     for name in DOMAINS:
         scores = energies(profile, {name: 1.0})
         found = [Extractor(qwen.base, profile).cut("a", {name: 1.0}, each, 0) for each in settings]
-        covered = [covered_energy(scores, each.plan) for each in found]
+        covered = [covered_energy(scores, each.plan.kept) for each in found]
         assert covered == sorted(covered)
 
 
@@ -120,8 +120,8 @@ def test_the_greedy_choice_is_near_the_best_and_the_first_is_the_best_single_one
 
 def test_covered_energy_is_the_share_that_is_kept():
     plan = Plan(base="ab" * 32, layers={3: LayerPlan(num_experts=4, kept=(1, 3))})
-    assert covered_energy({3: np.array([1.0, 2.0, 3.0, 4.0])}, plan) == 0.6
-    assert covered_energy({3: np.zeros(4)}, plan) == 1.0
+    assert covered_energy({3: np.array([1.0, 2.0, 3.0, 4.0])}, plan.kept) == 0.6
+    assert covered_energy({3: np.zeros(4)}, plan.kept) == 1.0
 
 
 def test_a_budget_too_small_and_an_unknown_domain_are_refused(qwen, profile):
