@@ -12,12 +12,10 @@ import grpc
 
 from proxymoe.client.attempts import Busy, Patience
 from proxymoe.client.bring import (
-    TABLE,
     PolicyRefused,
-    bring,
+    bring_tables,
     connector,
     require_allowed,
-    small_needs,
 )
 from proxymoe.client.elsewhere import Work, result_of
 from proxymoe.client.entries import Entry, Kind
@@ -84,7 +82,7 @@ def apply(
 
 
 def fetch_table(home: Home, assignment: Assignment) -> DomainTable:
-    """The domain table of the base model; what it takes to read rows as tokens comes along.
+    """The domain table of the base model, to find the mixture that is to leave.
 
     Raises:
         ConfigError: the coordinator has none.
@@ -94,11 +92,7 @@ def fetch_table(home: Home, assignment: Assignment) -> DomainTable:
         raise ConfigError("the coordinator has no domain table; name a domain, or none")
     if not home.policy().privacy.mixture_may_leave:
         raise PolicyRefused([Objection("privacy.mixture_may_leave", "a domain mixture", "none")])
-    needs = {**small_needs(assignment), assignment.table.digest: assignment.table.num_bytes}
-    lacking = home.store().lacking(needs)
-    request = Request(coordinator=home.enrolled().public_key, network_bytes=sum(lacking.values()))
-    require_allowed(home, request)
-    bring(home, assignment, TABLE, needs)
+    bring_tables(home, assignment, assignment.table)
     return load_table(home.store().path(assignment.table.digest))
 
 
@@ -119,13 +113,7 @@ def describe_data(
     digest, known = digest_of(table_bytes(table)), home.mixture()
     if known is not None and known.table == digest and not anew:
         return known.mixture
-    request = Request(
-        coordinator=home.enrolled().public_key,
-        mixture=True,
-        epsilon=MIXTURE_EPSILON,
-        delta=MIXTURE_DELTA,
-    )
-    require_allowed(home, request)
+    require_allowed(home, release_request(home))
     content = result_of(work, "weigh", home=str(home.path), table=digest)
     weights, num_rows = json.loads(content)
     mixture = release(weights, num_rows, MIXTURE_EPSILON, MIXTURE_DELTA)
@@ -134,6 +122,16 @@ def describe_data(
     )
     home.keep_mixture(released)
     return mixture
+
+
+def release_request(home: Home) -> Request:
+    """What the policy is asked before a mixture is noised to leave this device."""
+    return Request(
+        coordinator=home.enrolled().public_key,
+        mixture=True,
+        epsilon=MIXTURE_EPSILON,
+        delta=MIXTURE_DELTA,
+    )
 
 
 def _released(home: Home, mixture: Mapping[str, float]) -> ReleasedMixture:

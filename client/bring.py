@@ -5,6 +5,7 @@ before it may. What was brought stays, whatever ends it, and the next attempt go
 """
 
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,8 +18,10 @@ from proxymoe.client.fetch import fetch, open_channel
 from proxymoe.client.gates import GateState, Need, read_gates, this_machine
 from proxymoe.client.home import EnrolmentRecord, Home
 from proxymoe.client.policy import Objection, Request, judge
+from proxymoe.client.retry import TransferError
 from proxymoe.client.store import QuotaError, Store
-from proxymoe.common.assignment import Assignment
+from proxymoe.common.addresses import split_address
+from proxymoe.common.assignment import Assignment, Blob
 from proxymoe.common.certificates import check_device_certificate
 from proxymoe.common.errors import ProxyMoEError
 from proxymoe.common.files import canonical_json, digest_of
@@ -26,9 +29,10 @@ from proxymoe.common.files import canonical_json, digest_of
 BATCH_BYTES = 64 << 20
 """Blobs to one entry in the ledger: so much is counted even if a cut keeps it from coming."""
 TABLE = "table"
-"""What the store calls the blobs of a domain table; those of a submodel go by its plan."""
+"""What the store calls the blobs of tables; those of a submodel go by its plan."""
 GATE_SECONDS = 60.0
 """Between two looks at the gates while blobs are on their way."""
+REACH_SECONDS = 10.0
 
 Progress = Callable[[int, int], None]
 """Told (verified bytes, all bytes)."""
@@ -66,6 +70,19 @@ def require_open(home: Home, need: Need) -> None:
     states = read_gates(home.policy(), this_machine(home.path), need)
     if closed := [gate for gate in states if not gate.open]:
         raise GatesClosed(closed)
+
+
+def require_reachable(home: Home) -> None:
+    """Returns if the coordinator can be reached: only then is it worth an entry in the ledger.
+
+    Raises:
+        TransferError: it is away.
+    """
+    address = home.enrolled().blobs
+    try:
+        socket.create_connection(split_address(address), REACH_SECONDS).close()
+    except OSError as error:
+        raise TransferError(f"the coordinator at {address} is away ({error})") from error
 
 
 def connector(home: Home, record: EnrolmentRecord) -> Callable[[], grpc.Channel]:
@@ -133,6 +150,22 @@ def bring(
         with home.ledger().sending(entry):
             fetch(batch.items(), store, connect, Patience().draw, progress=told)
         here += entry.fetched_bytes
+
+
+def bring_tables(home: Home, assignment: Assignment, *tables: Blob) -> None:
+    """Fetches public tables, and with them what it takes to read rows as tokens.
+
+    Raises:
+        PolicyRefused: the policy does not trust the coordinator, or the network is used up.
+        GatesClosed, QuotaError, TransferError: and others, see `bring`.
+    """
+    needs = small_needs(assignment) | {table.digest: table.num_bytes for table in tables}
+    lacking, coordinator = home.store().lacking(needs), home.enrolled().public_key
+    network_bytes = sum(lacking.values())
+    require_allowed(home, Request(coordinator=coordinator, network_bytes=network_bytes))
+    if lacking:
+        require_reachable(home)
+    bring(home, assignment, TABLE, needs)
 
 
 def drop_others(home: Home, *generations: str) -> None:

@@ -14,7 +14,6 @@ from proxymoe.common.offline import go_offline
 go_offline()
 
 import typer  # noqa: E402
-from rich.box import SIMPLE_HEAD  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import (  # noqa: E402
     BarColumn,
@@ -24,14 +23,22 @@ from rich.progress import (  # noqa: E402
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table  # noqa: E402
 
+from proxymoe.client.advise import advise as advise_owner  # noqa: E402
 from proxymoe.client.home import Home  # noqa: E402
-from proxymoe.client.ledger import Record, Totals  # noqa: E402
 from proxymoe.client.policy import MB  # noqa: E402
 from proxymoe.client.prepare import Wish, prepare  # noqa: E402
 from proxymoe.client.service import HOME, start  # noqa: E402
 from proxymoe.client.status import status_of  # noqa: E402
+from proxymoe.client.tables import (  # noqa: E402
+    advice_fields,
+    advice_lines,
+    mb,
+    months_table,
+    print_status,
+    record_fields,
+    sent_table,
+)
 from proxymoe.common.errors import ProxyMoEError  # noqa: E402
 
 INTERRUPTED = 130
@@ -99,7 +106,7 @@ def join(
                 progress.update(bar, completed=num_bytes, total=total)
 
             assignment = prepare(place, wish, _tell, fetched)
-        size = _mb(assignment.model_bytes)
+        size = mb(assignment.model_bytes)
         console.print(f"run {assignment.run}: proxy submodel of {size} is in place", markup=False)
         start(place, once=once)
 
@@ -143,6 +150,20 @@ def personalize(
 
 
 @app.command()
+def advise(home: HomeFolder = DEFAULT, as_json: AsJson = False) -> None:
+    """Tells how well the proxy here suits your data, and what would suit it better.
+
+    It is found out on this device, and stays here.
+    """
+    with _errors():
+        found = advise_owner(_home(home))
+        if as_json:
+            typer.echo(json.dumps(advice_fields(found), indent=1))
+            return
+        console.print(*advice_lines(found), sep="\n", markup=False)
+
+
+@app.command()
 def status(home: HomeFolder = DEFAULT, as_json: AsJson = False) -> None:
     """Shows who this device is, whether it may work now, and what has been used up."""
     with _errors():
@@ -150,7 +171,7 @@ def status(home: HomeFolder = DEFAULT, as_json: AsJson = False) -> None:
         if as_json:
             typer.echo(json.dumps(found, indent=1))
             return
-        _print_status(found)
+        print_status(console, found)
 
 
 @app.command()
@@ -169,13 +190,13 @@ def sent(
         records, months = ledger.newest(limit), ledger.monthly()
         if as_json:
             everything = {
-                "entries": [_record(record) for record in records],
+                "entries": [record_fields(record) for record in records],
                 "months": {month: asdict(totals) for month, totals in months.items()},
                 "head": asdict(head) if head else None,
             }
             typer.echo(json.dumps(everything, indent=1))
             return
-        console.print(_sent_table(records), _months_table(months), sep="\n")
+        console.print(sent_table(records), months_table(months), sep="\n")
         if head is not None:
             console.print(f"The chain of {head.number} rows is whole; its head is {head.hash}")
 
@@ -196,7 +217,7 @@ def wipe(
         if totals and totals.num_entries:
             console.print(
                 f"What was sent stays sent: {totals.num_entries} messages, "
-                f"{_mb(totals.sent_bytes)}. Updates are part of the adapters of their rounds; ask "
+                f"{mb(totals.sent_bytes)}. Updates are part of the adapters of their rounds; ask "
                 "the coordinator to revoke this device."
             )
 
@@ -210,76 +231,6 @@ def _home(folder: Path) -> Home:
     return Home(folder.expanduser().absolute())
 
 
-def _print_status(found: dict[str, Any]) -> None:
-    console.print(f"[bold]{found['device']}[/] at {found['coordinator']}, in {found['home']}")
-    if (given := found["assignment"]) is None:
-        console.print("Nothing is assigned yet; `proxymoe-device join` applies for a proxy.")
-    else:
-        place = "in place" if found["is_fetched"] else "not fetched yet"
-        how = "under masks" if given["masked"] else "in the clear"
-        console.print(
-            f"Run {given['run']}: proxy submodel {given['plan'][:12]} of "
-            f"{_mb(given['model_bytes'])}, {place}; {given['train']['steps']} steps per round, "
-            f"cohorts of at least {given['cohort_size']}, summed {how}"
-        )
-    gates = Table("gate", "state", "now", "limit", title="May this machine be used now?")
-    for gate in found["gates"]:
-        state = "[green]open[/]" if gate["open"] else "[red]closed[/]"
-        gates.add_row(gate["name"], state, gate["value"], gate["limit"])
-    used = Table("policy key", "used", "limit", title="Used up")
-    for key, amount in found["used"].items():
-        used.add_row(key, f"{amount['used']:,.6g}", f"{amount['limit']:,.6g}")
-    console.print(gates, used)
-    if found["peers"]:
-        console.print(f"{len(found['peers'])} devices are known by their keys; --json lists them.")
-    for name, child in found["processes"].items():
-        state = "ready" if child["ready"] else "starting"
-        console.print(f"{name}: process {child['pid']}, {state}, {child['failures']} failures")
-    if not found["processes"]:
-        console.print("No client is at work here.")
-    for refusal in found["refusals"]:
-        console.print("refused:", json.dumps(refusal, ensure_ascii=False), markup=False)
-
-
-def _record(record: Record) -> dict[str, Any]:
-    told = record.entry.model_dump(mode="json", exclude_none=True)
-    return {
-        "number": record.number,
-        "time": record.time.isoformat(),
-        "is_confirmed": record.is_confirmed,
-        **told,
-    }
-
-
-def _sent_table(records: list[Record]) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), caption="?: it may or may not have arrived")
-    for name in ("", "time (UTC)", "what", "round", "sent", "fetched"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("to", overflow="fold")
-    for record in records:
-        entry = record.entry
-        table.add_row(
-            str(record.number),
-            f"{record.time:%Y-%m-%d %H:%M}",
-            entry.kind.value + ("" if record.is_confirmed else "?"),
-            "" if entry.round is None else str(entry.round),
-            f"{entry.num_bytes:,} B",
-            _mb(entry.fetched_bytes) if entry.fetched_bytes else "",
-            entry.receiver,
-        )
-    return table
-
-
-def _months_table(months: dict[str, Totals]) -> Table:
-    table = Table(
-        "month", "messages", "sent", "fetched", "epsilon", box=SIMPLE_HEAD, pad_edge=False
-    )
-    for month, totals in months.items():
-        sums = (_mb(totals.sent_bytes), _mb(totals.fetched_bytes), f"{totals.epsilon:g}")
-        table.add_row(month, str(totals.num_entries), *sums)
-    return table
-
-
 def _progress(*columns: Any) -> Progress:
     parts = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
     return Progress(*parts, console=console, disable=not console.is_terminal)
@@ -287,10 +238,6 @@ def _progress(*columns: Any) -> Progress:
 
 def _tell(text: str) -> None:
     console.print(f"[yellow]waiting:[/] {text}")
-
-
-def _mb(num_bytes: float) -> str:
-    return f"{num_bytes / MB:,.1f} MB" if num_bytes >= MB / 10 else f"{num_bytes:,.0f} B"
 
 
 @contextlib.contextmanager

@@ -5,18 +5,17 @@ owner or the coordinator refuses is not.
 """
 
 import functools
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from proxymoe.client import proxy
+from proxymoe.client.bring import require_reachable
 from proxymoe.client.gates import readable_files
 from proxymoe.client.home import Home
 from proxymoe.client.proxy import GatesClosed
 from proxymoe.client.retry import TransferError, TransferRefused
-from proxymoe.common.addresses import split_address
 from proxymoe.common.assignment import Application, Assignment
 from proxymoe.common.supervise import Backoff, uniform
 
@@ -24,7 +23,6 @@ Result = TypeVar("Result")
 
 PATIENCE = Backoff(first_seconds=2.0, cap_seconds=300.0)
 """For a coordinator that is away, and for a machine that may not be used now."""
-REACH_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ def prepare(
 
         def fetch() -> None:
             if not home.submodel(assignment.plan).is_dir():
-                _require_reachable(home)
+                require_reachable(home)
             proxy.fetch_proxy(home, assignment, progress)
 
         patiently(fetch)
@@ -84,22 +82,13 @@ def _assigned(home: Home, wish: Wish) -> Assignment:
     held = None if wish.refresh else home.assignment()
     if held and not wish.is_new:
         return held
-    _require_reachable(home)
+    require_reachable(home)
     budget = wish.budget_bytes
     if not wish.mixture:
         return proxy.apply(home, Application(domain=wish.domain, budget_bytes=budget))
     held = held or proxy.apply(home, Application(budget_bytes=budget))  # it names the table
     mixture = proxy.describe_data(home, proxy.fetch_table(home, held))
     return proxy.apply(home, Application(mixture=mixture, budget_bytes=budget))
-
-
-def _require_reachable(home: Home) -> None:
-    """Returns if the coordinator can be reached: only then is it worth an entry in the ledger."""
-    address = home.enrolled().blobs
-    try:
-        socket.create_connection(split_address(address), REACH_SECONDS).close()
-    except OSError as error:
-        raise TransferError(f"the coordinator at {address} is away ({error})") from error
 
 
 def _patiently(

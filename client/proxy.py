@@ -33,7 +33,7 @@ from proxymoe.client.policy import Request
 from proxymoe.client.requests import job_request
 from proxymoe.client.store import QuotaError
 from proxymoe.common.assignment import Assignment
-from proxymoe.common.errors import IntegrityError, ProtocolError
+from proxymoe.common.errors import ConfigError, IntegrityError, ProtocolError
 from proxymoe.common.files import sync_folder
 from proxymoe.common.messages import Digest
 from proxymoe.common.plan import Plan
@@ -117,6 +117,18 @@ def fetch_proxy(
     return folder
 
 
+def planned(home: Home, assignment: Assignment) -> Plan:
+    """The assigned plan, as the manifest has it; the submodel need not be here.
+
+    Raises:
+        ConfigError: the manifest is not here.
+        ProtocolError: it is not what was assigned.
+    """
+    if listing := _listing(home, assignment):
+        return listing.plan
+    raise ConfigError(f"{home.path}: the manifest of the assigned plan is not here; join again")
+
+
 def open_device(home: Home) -> "Device":
     """This device, ready to answer training tasks; imports model code, see there for errors."""
     from proxymoe.client import submodel  # noqa: PLC0415  200 MB that not every process needs
@@ -179,5 +191,6 @@ __all__ = [
     "fetch_proxy",
     "fetch_table",
     "open_device",
+    "planned",
     "request_of",
 ]

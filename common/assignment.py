@@ -85,6 +85,8 @@ class Assignment(_Statement):
     """{digest: num_bytes} of the small files that the manifest names."""
     table: Blob | None = None
     """The `DomainTable` by which a device may find its mixture."""
+    experts: Blob | None = None
+    """The `ExpertTable` by which it may then rank experts for itself."""
     model_bytes: Size
     """Weights of the submodel, which are what is fetched."""
     memory_bytes: Size

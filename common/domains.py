@@ -13,9 +13,10 @@ Shapes: M domains, in the order of their names; V tokens of the vocabulary.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,6 +33,8 @@ MAX_TABLE_BYTES = 128 << 20
 NORMALISATION_SLACK = 1e-3
 """Probabilities of a domain sum to 1 up to this; single precision stays far below."""
 DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+Table = TypeVar("Table")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,14 +53,7 @@ class DomainTable:
 
     def __post_init__(self) -> None:
         table = self.log_probabilities
-        if not 2 <= len(self.domains) <= MAX_DOMAINS:
-            raise CheckpointError(
-                f"table of {len(self.domains)} domains; it needs 2 to {MAX_DOMAINS}"
-            )
-        if list(self.domains) != sorted(set(self.domains)):
-            raise CheckpointError("table of domains that are not sorted or not distinct")
-        if bad := [name for name in self.domains if not DOMAIN.fullmatch(name)]:
-            raise CheckpointError(f"domain {bad[0][:80]!r}: a name is like {DOMAIN.pattern}")
+        require_names(self.domains)
         if table.dtype != np.float32 or table.ndim != 2 or len(table) != len(self.domains):
             raise CheckpointError(f"table of {table.dtype} {table.shape}, not of float32 (M, V)")
         totals = np.exp(table.astype(np.float64).clip(max=1.0)).sum(axis=1)  # NaN stays NaN
@@ -69,6 +65,20 @@ class DomainTable:
     def vocab_size(self) -> int:
         """V."""
         return int(self.log_probabilities.shape[1])
+
+
+def require_names(domains: Sequence[str]) -> None:
+    """Returns if these can be the domains of a table: a few proper names, sorted and distinct.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
+    if not 2 <= len(domains) <= MAX_DOMAINS:
+        raise CheckpointError(f"table of {len(domains)} domains; it needs 2 to {MAX_DOMAINS}")
+    if list(domains) != sorted(set(domains)):
+        raise CheckpointError("table of domains that are not sorted or not distinct")
+    if bad := [name for name in domains if not DOMAIN.fullmatch(name)]:
+        raise CheckpointError(f"domain {bad[0][:80]!r}: a name is like {DOMAIN.pattern}")
 
 
 def count_tokens(rows: Iterable[Sequence[int]], vocab_size: int) -> NDArray[np.int64]:
@@ -119,18 +129,27 @@ def table_from(content: bytes) -> DomainTable:
     Raises:
         CheckpointError: too large, no safetensors, or no valid table.
     """
-    if len(content) > MAX_TABLE_BYTES:
-        raise CheckpointError(f"table of {len(content)} bytes, the limit is {MAX_TABLE_BYTES}")
-    try:
-        tensors = safetensors.load(content)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"not a safetensors table of domains ({error})") from error
+    tensors = tensors_of(content)
     names = sorted(tensors)
     kinds = {(tensors[name].dtype.name, tensors[name].shape) for name in names}
     if len(kinds) > 1:
         raise CheckpointError(f"domains of different types or sizes: {sorted(kinds)[:4]}")
     table = np.stack([tensors[name] for name in names]) if names else np.zeros((0, 0), np.float32)
     return DomainTable(tuple(names), table)
+
+
+def tensors_of(content: bytes) -> dict[str, NDArray[Any]]:
+    """The tensors of a shipped table; its bytes may come from anywhere.
+
+    Raises:
+        CheckpointError: too large, or no safetensors.
+    """
+    if len(content) > MAX_TABLE_BYTES:
+        raise CheckpointError(f"table of {len(content)} bytes, the limit is {MAX_TABLE_BYTES}")
+    try:
+        return safetensors.load(content)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"not a safetensors table ({error})") from error
 
 
 def save_table(path: Path, table: DomainTable) -> None:
@@ -144,10 +163,19 @@ def load_table(path: Path) -> DomainTable:
     Raises:
         CheckpointError: the file is missing, too large or no valid table; names the file.
     """
+    return read_table(path, table_from)
+
+
+def read_table(path: Path, read: Callable[[bytes], Table]) -> Table:
+    """What `read` makes of a table's file, of which no more is read than a table may have.
+
+    Raises:
+        CheckpointError: the file is missing, or `read` refuses it; names the file.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_TABLE_BYTES + 1)
-        return table_from(content)
+        return read(content)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except CheckpointError as error:

@@ -18,12 +18,14 @@ divergence at the same kept set.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from proxymoe.common.allocation import Room
 from proxymoe.common.checkpoint import bytes_of
-from proxymoe.common.config import ExtractSettings
+from proxymoe.common.config import ExtractSettings, PlanMode
 from proxymoe.common.errors import BudgetError, PlanError
+from proxymoe.common.expert_table import ExpertTable
 from proxymoe.common.files import digest_of
 from proxymoe.common.plan import LayerPlan, Others, Plan, RouterMode
 from proxymoe.server.base import BaseCheckpoint
@@ -90,6 +92,27 @@ def largest_bytes(base: BaseCheckpoint, settings: ExtractSettings) -> int:
     cost = base.held_expert_bytes(settings.experts)
     experts = sum(base.num_experts[at] * size for at, size in cost.items())
     return base.trunk_bytes + MODES[settings.mode].table_bytes(base) + experts
+
+
+def expert_table(base: BaseCheckpoint, profile: Profile, settings: ExtractSettings) -> ExpertTable:
+    """What a device needs to choose experts as `extract` does, for a mixture that stays there.
+
+    Raises:
+        CheckpointError: the profile has fewer domains than a table, or more.
+    """
+    names = sorted(profile.domains)
+    per_token = {
+        at: [profile.domains[name][at].energy / profile.num_tokens[name] for name in names]
+        for at in base.num_experts
+    }
+    return ExpertTable(
+        domains=tuple(names),
+        energy={at: torch.stack(rows).numpy() for at, rows in per_token.items()},
+        expert_bytes=base.held_expert_bytes(settings.experts),
+        allocation=settings.allocation,
+        floor=settings.floor,
+        is_exact=settings.mode is PlanMode.DROP and not settings.templates,
+    )
 
 
 def _room(base: BaseCheckpoint, mode: Mode, settings: ExtractSettings) -> Room:

@@ -1,7 +1,7 @@
 """Where every blob of a coordinator lies, by digest."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from proxymoe.common.files import digest_of
@@ -17,10 +17,10 @@ class Places(Mapping[str, BlobPlace]):
     Args:
         base: has the pieces, and the small files beside them.
         folder: of files that are named after their digest; more may appear at any time.
-        table: the domain table, if there is one.
+        tables: files that are shipped to every device, as they are.
     """
 
-    def __init__(self, base: BaseCheckpoint, folder: Path, table: Path | None) -> None:
+    def __init__(self, base: BaseCheckpoint, folder: Path, tables: Iterable[Path] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._fixed: dict[str, BlobPlace] = {}
@@ -31,8 +31,7 @@ class Places(Mapping[str, BlobPlace]):
             self._fixed[piece.digest] = place
         companions = base.manifest(base.keep_all()).companions
         files = {digest: base.folder / name for name, digest in companions.items()}
-        if table is not None:
-            files[digest_of(table.read_bytes())] = table
+        files |= {digest_of(table.read_bytes()): table for table in tables}
         self._fixed |= {digest: _whole(path) for digest, path in files.items()}
 
     def __getitem__(self, digest: str) -> BlobPlace:

@@ -67,9 +67,10 @@ class Planner:
         self._noise = noise_of(self._settings)
         self.devices = Devices(run.devices_db)
         self._require_same_run()
-        self.table = None if prepared.table is None else _blob(prepared.table)
+        tables = [path for path in (prepared.table, prepared.experts) if path is not None]
+        self.table, self.experts = _blob(prepared.table), _blob(prepared.experts)
         self._blobs, self._lock = run.cache / "blobs", threading.Lock()
-        self.places: Mapping[str, BlobPlace] = Places(self.base, self._blobs, prepared.table)
+        self.places: Mapping[str, BlobPlace] = Places(self.base, self._blobs, tables)
 
     def assign(self, device: str, application: Application) -> Assignment:
         """What this device gets, remembered; the same for the same application.
@@ -97,11 +98,11 @@ class Planner:
             return self._assignment(device, plan, manifest, self._mixture(application))
 
     def allowed(self, device: str, digest: str) -> bool:
-        """Whether an enrolled device may have the blob with this digest: its plan's, or the table.
+        """Whether an enrolled device may have the blob with this digest: its plan's, or a table.
 
         Cheap enough to be asked for every transfer.
         """
-        if self.table is not None and digest == self.table.digest:
+        if digest in (blob.digest for blob in (self.table, self.experts) if blob is not None):
             return self.devices.is_enrolled(device)
         return self.devices.may_have(device, digest)
 
@@ -248,6 +249,7 @@ class Planner:
             manifest=Blob(digest=digest, num_bytes=self.places[digest].num_bytes),
             companions={each: self.places[each].num_bytes for each in manifest.companions.values()},
             table=self.table,
+            experts=self.experts,
             model_bytes=sum(piece.num_bytes for piece in manifest.pieces),
             memory_bytes=peak.peak,
             train=settings.train,
@@ -270,6 +272,8 @@ class Planner:
                 )
 
 
-def _blob(path: Path) -> Blob:
+def _blob(path: Path | None) -> Blob | None:
+    if path is None:
+        return None
     content = path.read_bytes()
     return Blob(digest=digest_of(content), num_bytes=len(content))

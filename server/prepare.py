@@ -1,7 +1,8 @@
 """What follows from base model and public text alone, made once and kept in the cache.
 
-The base model's index, the full model in its fused form, its profile, and the domain table. Text,
-order and arithmetic are those of a simulation, and so are the bits of the profile.
+The base model's index, the full model in its fused form, its profile, and the tables that are
+shipped to devices. Text, order and arithmetic are those of a simulation, and so are the bits of
+the profile.
 """
 
 import fcntl
@@ -19,10 +20,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from proxymoe.common.domains import count_tokens, domain_table, save_table
 from proxymoe.common.errors import ConfigError
+from proxymoe.common.expert_table import save_expert_table
 from proxymoe.common.files import canonical_json, digest_of
 from proxymoe.common.model import LoadedModel, compute_dtype, load
 from proxymoe.common.text import Batch, Example, read_rows, tokenise
 from proxymoe.server.base import BaseCheckpoint
+from proxymoe.server.extract import expert_table
 from proxymoe.server.modes import MODES
 from proxymoe.server.profile import (
     COLUMNS,
@@ -55,6 +58,8 @@ class Prepared:
     profile: Profile
     table: Path | None
     """The domain table; None with a single public domain, of which no mixture can be told."""
+    experts: Path | None
+    """The expert table, wherever there is a domain table."""
 
 
 def prepare(run: RunDirectory, stage: Stage = lambda *_: None) -> Prepared:
@@ -79,10 +84,17 @@ def prepare(run: RunDirectory, stage: Stage = lambda *_: None) -> Prepared:
         full = base.materialised_full(run.cache)
         key = _recipe(base.digest, run.settings, texts)
         profile = _profile(run, base, full, texts, run.cache / f"profile-{key}", stage)
-        table = run.cache / f"table-{key}.safetensors" if len(texts) > 1 else None
-        if table is not None and not table.exists():
-            save_table(table, domain_table(_token_counts(run, base, full, texts)))
-    return Prepared(base, full, profile, table)
+        table = experts = None
+        if len(texts) > 1:
+            table = run.cache / f"table-{key}.safetensors"
+            if not table.exists():
+                save_table(table, domain_table(_token_counts(run, base, full, texts)))
+            extract = run.settings.extract
+            rule = digest_of(canonical_json([key, extract.model_dump(mode="json")]))[:24]
+            experts = run.cache / f"experts-{rule}.safetensors"
+            if not experts.exists():
+                save_expert_table(experts, expert_table(base, profile, extract))
+    return Prepared(base, full, profile, table, experts)
 
 
 def public_texts(run: RunDirectory) -> list[Path]:

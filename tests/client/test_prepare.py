@@ -29,7 +29,7 @@ class Coordinator:
         self.failures = []
         for name in ("apply", "describe_data", "fetch_proxy", "fetch_table"):
             monkeypatch.setattr(proxy, name, getattr(self, name))
-        monkeypatch.setattr(preparing, "_require_reachable", lambda home: None)
+        monkeypatch.setattr(preparing, "require_reachable", lambda home: None)
 
     def apply(self, home, application):
         self.applications.append(application)

@@ -287,7 +287,7 @@ def test_a_part_of_a_fused_tensor_is_served_from_its_own_place(copy, tmp_path):
     (copy / WEIGHTS).unlink()
     tiny_model("qwen2_moe").save_pretrained(copy, save_original_format=False)
     fused = BaseCheckpoint(copy)
-    places = Places(fused, tmp_path / "blobs", None)
+    places = Places(fused, tmp_path / "blobs")
     for piece in fused.pieces:
         place = places[piece.digest]
         content = place.path.read_bytes()[place.offset : place.offset + place.num_bytes]

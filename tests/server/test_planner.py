@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from proxymoe.client.advise import advice
 from proxymoe.common.adapter import adapter_layout
+from proxymoe.common.allocation import covered_energy
 from proxymoe.common.assignment import Application
 from proxymoe.common.certificates import DeviceCertificate
 from proxymoe.common.domains import load_table
 from proxymoe.common.errors import BudgetError, ConfigError
 from proxymoe.common.experiment import load_experiment
+from proxymoe.common.expert_table import load_expert_table
 from proxymoe.common.files import digest_of
 from proxymoe.common.manifest import Manifest, materialise
 from proxymoe.common.model import TABLES_FILE, load
+from proxymoe.common.plan import Precision
 from proxymoe.server import prepare
 from proxymoe.server.blobs import read_chunks
 from proxymoe.server.extract import budget_bytes
@@ -210,8 +214,9 @@ def test_everything_assigned_is_allowed_and_there_and_whole(world, prepared, tmp
     )
     assignment = planner.assign("kitchen", Application(domain="kitchen"))
     sizes = {assignment.manifest.digest: assignment.manifest.num_bytes, **assignment.companions}
-    sizes[assignment.table.digest] = assignment.table.num_bytes
-    for digest in named_in(planner, assignment) | {assignment.table.digest}:
+    tables = {blob.digest: blob.num_bytes for blob in (assignment.table, assignment.experts)}
+    sizes |= tables
+    for digest in named_in(planner, assignment) | tables.keys():
         assert planner.allowed("kitchen", digest)
         found = content(planner, digest)
         assert digest_of(found) == digest
@@ -248,7 +253,9 @@ def test_what_only_another_devices_plan_names_is_refused(planner):
     assert not any(planner.allowed("stranger", digest) for digest in mine)
     planner.devices.revoke("kitchen")
     assert not any(planner.allowed("kitchen", digest) for digest in mine)
-    assert not planner.allowed("kitchen", planner.table.digest)
+    for table in (planner.table, planner.experts):
+        assert planner.allowed("garden", table.digest)
+        assert not planner.allowed("kitchen", table.digest)
 
 
 def test_places_have_no_paths_for_what_is_no_digest(planner):
@@ -385,6 +392,37 @@ def test_the_table_is_of_the_public_domains(planner):
     table = load_table(planner.places[planner.table.digest].path)
     assert table.domains == DOMAINS
     assert table.vocab_size == planner.base.config.vocab_size
+
+
+def test_what_a_device_expects_of_another_plan_is_what_it_gets(planner):
+    table = load_expert_table(planner.places[planner.experts.digest].path)
+    here = planner.assign("kitchen", Application(domain="kitchen"))
+    mixture = {"code": 0.25, "kitchen": 0.0, "math": 0.75}
+    found = advice(table, mixture, manifest_of(planner, here).plan, mixture)
+    wishes = Application(domain=found.domain), Application(mixture=mixture)
+    for wish, promised in zip(wishes, (found.by_domain, found.by_mixture), strict=True):
+        plan = manifest_of(planner, planner.assign("kitchen", wish)).plan
+        assert covered_energy(table.mix(mixture), plan.kept) == promised
+    assert found.covered < found.best
+
+
+def test_an_expert_table_is_of_the_settings_and_a_single_domain_has_no_tables(
+    world, prepared, tmp_path, planner
+):
+    experts = {"floor": 1.0, "experts": "int8"}
+    other = Planner(prepared_directory(world, prepared, tmp_path / "other", extract=experts))
+    assert other.table == planner.table
+    assert other.experts is not None
+    table = load_expert_table(other.places[other.experts.digest].path)
+    assert (table.floor, table.domains) == (1.0, DOMAINS)
+    assert table.expert_bytes == other.base.held_expert_bytes(Precision.INT8)
+
+    text = tmp_path / "public"
+    write_rows(text / "math.jsonl", [{"text": f"{i} + {i} = {2 * i}"} for i in range(9)])
+    changes = {"calibration": str(text), "public_domains": ("math",)}
+    single = populated(directory(world, tmp_path / "single", **changes))
+    assert (single.table, single.experts) == (None, None)
+    assert single.assign("kitchen", Application()).experts is None
 
 
 def test_a_device_is_told_the_peak_that_its_budget_would_have(planner):
