@@ -18,7 +18,6 @@ divergence at the same kept set.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from proxymoe.common.allocation import Room
@@ -62,6 +61,7 @@ def extract(
     evidence = Evidence(
         base=base,
         statistics=profile.mix(mixture),
+        sensitivity=profile.sensitivity,
         relations=profile.mix_relations(mixture) if mode.relations else {},
         num_tokens=sum(profile.num_tokens[name] for name, w in mixture.items() if w > 0),
         rng=rng,
@@ -101,13 +101,10 @@ def expert_table(base: BaseCheckpoint, profile: Profile, settings: ExtractSettin
         CheckpointError: the profile has fewer domains than a table, or more.
     """
     names = sorted(profile.domains)
-    per_token = {
-        at: [profile.domains[name][at].energy / profile.num_tokens[name] for name in names]
-        for at in base.num_experts
-    }
+    found = [profile.relative_energy({name: 1.0}) for name in names]
     return ExpertTable(
         domains=tuple(names),
-        energy={at: torch.stack(rows).numpy() for at, rows in per_token.items()},
+        energy={at: np.array([each[at] for each in found], np.float32) for at in base.num_experts},
         expert_bytes=base.held_expert_bytes(settings.experts),
         allocation=settings.allocation,
         floor=settings.floor,

@@ -38,7 +38,7 @@ from proxymoe.server.prepare import Stage, prepare
 from proxymoe.server.promise import noise_of
 from proxymoe.server.round import Federation, Member
 from proxymoe.server.run_directory import RunDirectory
-from proxymoe.server.templates import Extractor, energies
+from proxymoe.server.templates import Extractor
 
 
 class Planner:
@@ -162,7 +162,7 @@ class Planner:
             [members[name].layout for name in members],
             settings.federation.cohort_size,
             settings.smallest_class,
-            energies(self.profile, mean_mixture(mixtures)),
+            self.profile.relative_energy(mean_mixture(mixtures)),
         )
 
     def _moved(self, old: Application, new: Application) -> bool:

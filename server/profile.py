@@ -5,23 +5,31 @@ with gate g and expert output f these are the count, Σg, Σg², Σ‖gf‖, Σ�
 are linear, so statistics of any domain mixture follow without touching the model again. Public
 text only: nothing here ever sees private data.
 
+Energies of different layers do not compare as they are: every layer reads the residual stream
+through a norm, and the stream grows with depth, up to a thousandfold. What is lost in a layer
+disturbs the layers after it by its share of the stream h that leaves the layer. So the profile
+keeps Σ1/‖h‖² too; a mean of ‖h‖² itself would be that of the few tokens whose norm is huge.
+
 Shapes: E experts, D hidden size.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from proxymoe.common.allocation import Scores
 from proxymoe.common.checkpoint import read_tensors, write_tensors
 from proxymoe.common.errors import CheckpointError, ConfigError, DataError, PlanError
-from proxymoe.common.experts import Observer, expert_state
+from proxymoe.common.experts import Observer, expert_state, valid_tokens
 from proxymoe.common.model import LoadedModel
-from proxymoe.common.moe import moe_layers
+from proxymoe.common.moe import MoELayer, moe_layers
 from proxymoe.common.text import Example, packed_batches
 from proxymoe.server.reading import Reader, read_whole
 from proxymoe.server.relations import LayerRelations, load_relations, mixed
@@ -52,11 +60,13 @@ class ExpertStatistics:
     """(E,) Σ ‖f‖."""
     output: Tensor
     """(E, D) Σ g² f."""
+    stream: Tensor
+    """(1,) Σ 1/‖h‖² over all tokens; h is the residual stream that leaves the decoder layer."""
 
     @classmethod
     def zeros(cls, num_experts: int, hidden_size: int) -> Self:
         """The statistics of no tokens."""
-        shapes = [(num_experts,)] * 6 + [(num_experts, hidden_size)]
+        shapes = [(num_experts,)] * 6 + [(num_experts, hidden_size), (1,)]
         return cls(*(torch.zeros(shape) for shape in shapes))
 
     def mean_output(self) -> Tensor:
@@ -87,6 +97,15 @@ class Profile:
     )
     """The mixture asked for last: a search for the plan that fits asks for it again and again."""
 
+    @cached_property
+    def sensitivity(self) -> dict[int, float]:
+        """E[1/‖h‖²] by decoder layer, over all domains alike: what makes energies comparable.
+
+        It is the model's, not the mixture's, so that energies times it stay linear in the mixture.
+        """
+        found = self.mix(self.uniform())
+        return {at: float(stats.stream) for at, stats in found.items()}
+
     def mix(self, mixture: dict[str, float]) -> dict[int, ExpertStatistics]:
         """Expected statistics per token of a domain mixture, by decoder layer.
 
@@ -111,6 +130,14 @@ class Profile:
         self._last.clear()
         self._last[key] = found
         return found
+
+    def relative_energy(self, mixture: dict[str, float]) -> Scores:
+        """What text of this mixture loses with every expert, as shares of the residual stream.
+
+        Linear in the mixture, and the measure of all coverage, whatever plans are chosen by.
+        """
+        mixed = self.mix(mixture)
+        return {at: k * mixed[at].energy.double().numpy() for at, k in self.sensitivity.items()}
 
     def mix_relations(self, mixture: dict[str, float]) -> LayerRelations:
         """Expected relations per token of a domain mixture, by decoder layer.
@@ -154,19 +181,16 @@ def profile_domain(
     runs the model: whole, or one layer at a time (`server/streamed.py`).
     """
     sums: dict[int, ExpertStatistics] = {}
-    layers = moe_layers(loaded.model)
-    for layer in layers:
-        sums[layer.position] = ExpertStatistics.zeros(layer.num_experts, layer.hidden_size)
-        expert_state(layer.experts).observer = _observer(sums[layer.position])
     num_tokens = 0
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in moe_layers(loaded.model):
+            found = ExpertStatistics.zeros(layer.num_experts, layer.hidden_size)
+            stack.enter_context(_watched(layer, found))
+            sums[layer.position] = found
         for batch in read(loaded.model, packed_batches(head(examples, max_tokens))):
             num_tokens += (seen := int(batch.valid.sum()))
             progress(seen)
-    finally:
-        for layer in layers:
-            expert_state(layer.experts).observer = None
-    if not all(bool(torch.isfinite(s.energy).all()) for s in sums.values()):
+    if not all(bool(torch.isfinite(x).all()) for s in sums.values() for x in (s.energy, s.stream)):
         raise CheckpointError("profile statistics are not finite; are the weights damaged?")
     return sums, num_tokens
 
@@ -236,6 +260,36 @@ def load_profile(folder: Path, base: str, relations: Path | None = None) -> Prof
         else {d: load_relations(relations / f"{d}.safetensors") for d in domains}
     )
     return Profile(base, domains, num_tokens, related)
+
+
+@contextlib.contextmanager
+def _watched(layer: MoELayer, sums: ExpertStatistics) -> Iterator[None]:
+    """While the block runs, what the layer's experts do is added to the sums."""
+    state, add = expert_state(layer.experts), _observer(sums)
+    asked = False
+
+    def observe(outputs: Tensor, gates: Tensor, slots: Tensor) -> None:
+        nonlocal asked
+        asked = True
+        add(outputs, gates, slots)
+
+    def leave(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal asked
+        if not asked:  # Read one layer at a time, a layer is passed often and runs once.
+            return
+        asked = False
+        stream = output if isinstance(output, Tensor) else output[0]
+        energy = stream.reshape(-1, layer.hidden_size).float().square().sum(-1)
+        valid = valid_tokens(energy.numel())
+        sums.stream.add_((energy if valid is None else energy[valid]).reciprocal().sum())
+
+    state.observer = observe
+    handle = layer.decoder_layer.register_forward_hook(leave)
+    try:
+        yield
+    finally:
+        handle.remove()
+        state.observer = None
 
 
 def _observer(sums: ExpertStatistics) -> Observer:

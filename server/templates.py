@@ -30,11 +30,6 @@ CATALOGUES = 8
 """How many are remembered, one for each budget that devices ask for."""
 
 
-def energies(profile: Profile, mixture: dict[str, float]) -> Scores:
-    """What a device with this mixture loses with every expert, whatever the plans are ranked by."""
-    return {at: found.energy.double().numpy() for at, found in profile.mix(mixture).items()}
-
-
 def choose(covered: np.ndarray, count: int) -> list[int]:
     """Which plans, at most `count`, cover most for every mixture's best one; the first where equal.
 
@@ -70,7 +65,7 @@ def catalogue(
     covered = np.array(
         [
             [covered_energy(scores, candidate.plan.kept) for candidate in candidates]
-            for scores in (energies(profile, mixture) for mixture in mixtures)
+            for scores in map(profile.relative_energy, mixtures)
         ]
     )
     return tuple(candidates[i] for i in choose(covered, settings.templates))
@@ -106,6 +101,6 @@ class Extractor:
         """
         if settings.templates:
             templates = self._catalogue(settings, seed)
-            return best(templates, energies(self._profile, mixture))
+            return best(templates, self._profile.relative_energy(mixture))
         rng = np.random.default_rng([seed, *device.encode()])
         return extract(self._base, self._profile, mixture, settings, rng)

@@ -105,8 +105,9 @@ def profile_of(base: BaseCheckpoint, hidden: int, rng: np.random.Generator) -> P
             count = TOKENS * base.layers[at].top_k * share
             output = torch.from_numpy(rng.standard_normal((num_experts, hidden))).float()
             energy = count * torch.from_numpy(rng.exponential(size=num_experts)).float()
+            stream = TOKENS * torch.from_numpy(rng.exponential(size=1)).float()
             found[at] = ExpertStatistics(
-                count, 0.3 * count, 0.1 * count, count, energy, count, output
+                count, 0.3 * count, 0.1 * count, count, energy, count, output, stream
             )
         domains[name] = found
     return Profile(base.digest, domains, dict.fromkeys(domains, TOKENS))

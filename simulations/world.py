@@ -26,7 +26,7 @@ from proxymoe.server.extract import Extraction
 from proxymoe.server.modes import MODES
 from proxymoe.server.profile import COLUMNS, Profile, load_profile
 from proxymoe.server.rotation import rotated
-from proxymoe.server.templates import Extractor, energies
+from proxymoe.server.templates import Extractor
 from proxymoe.simulations import public
 from proxymoe.simulations.federate import PlansOf
 from proxymoe.simulations.pool import WorkerPool, result_of
@@ -67,7 +67,7 @@ class World:
             layouts,
             experiment.federation.cohort_size,
             experiment.smallest_class,
-            energies(self.profile, mixture),
+            self.profile.relative_energy(mixture),
         )
 
     def cut(
@@ -93,7 +93,7 @@ class World:
         if not share:
             return lambda _number: plans
         mixtures = {name: self.mixture(self.site.device(name)) for name in plans}
-        scores = {name: energies(self.profile, mixture) for name, mixture in mixtures.items()}
+        scores = {name: self.profile.relative_energy(mixture) for name, mixture in mixtures.items()}
 
         def plans_of(number: int) -> dict[str, Plan]:
             drawn = {}

@@ -412,6 +412,7 @@ def test_the_profile_is_a_sum_over_routed_tokens(model):
     examples = examples_of()
     found, num_tokens = profile_domain(model.full, examples, max_tokens=10**6)
     energy = {at: torch.zeros(8) for at in found}
+    stream = {at: torch.zeros(1) for at in found}
 
     def watch(experts, args, at):
         hidden, index, gates = args
@@ -419,9 +420,17 @@ def test_the_profile_is_a_sum_over_routed_tokens(model):
             gate = (gates * (index == expert)).sum(-1, keepdim=True)
             energy[at][expert] += (gate * one_expert(experts, expert, hidden)).square().sum()
 
+    def leave(_layer, _inputs, output, at):
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        stream[at] += hidden.square().sum(-1).reciprocal().sum()
+
     handles = [
-        layer.experts.register_forward_pre_hook(partial(watch, at=layer.position))
+        hook(partial(watched, at=layer.position))
         for layer in moe_layers(model.stock)
+        for hook, watched in (
+            (layer.experts.register_forward_pre_hook, watch),
+            (layer.decoder_layer.register_forward_hook, leave),
+        )
     ]
     for example in examples:
         logits(model.stock, torch.tensor([example.tokens]))
@@ -431,3 +440,4 @@ def test_the_profile_is_a_sum_over_routed_tokens(model):
         stats = found[layer.position]
         assert int(stats.count.sum()) == num_tokens * layer.top_k
         assert_near(stats.energy, energy[layer.position], 1e-4)
+        assert_near(stats.stream, stream[layer.position], 1e-4)

@@ -32,7 +32,8 @@ WORTHWHILE = 0.02
 def choose(evidence: Evidence, room: Room) -> Choice:
     """The experts that explain most of all, and how the others are imitated."""
     fits = {at: fit(found, trust(evidence, at)) for at, found in evidence.relations.items()}
-    kept = _facilities({at: each.explained for at, each in fits.items()}, room)
+    explained = {at: evidence.sensitivity[at] * each.explained for at, each in fits.items()}
+    kept = _facilities(explained, room)
     tables: dict[str, Tensor] = {}
     stands_for: dict[int, dict[int, int]] = {}
     for at, each in fits.items():

@@ -25,6 +25,8 @@ class Evidence:
     """Per token."""
     relations: dict[int, Relations]
     """Per token; empty for modes that do without."""
+    sensitivity: dict[int, float]
+    """What a unit of energy disturbs, see `Profile.sensitivity`."""
     num_tokens: float
     """Tokens behind the statistics."""
     rng: np.random.Generator
@@ -32,6 +34,10 @@ class Evidence:
     def scores(self, rate: Callable[[ExpertStatistics], Tensor]) -> Scores:
         """A saliency that is a function of each layer's statistics."""
         return {at: rate(found).double().numpy() for at, found in self.statistics.items()}
+
+    def relative(self, energy: Callable[[ExpertStatistics], Tensor]) -> Scores:
+        """Energies that are lost, as shares of the residual stream."""
+        return {at: self.sensitivity[at] * each for at, each in self.scores(energy).items()}
 
 
 @dataclass(frozen=True, slots=True)

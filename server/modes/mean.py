@@ -17,7 +17,7 @@ SHRINKAGE_TOKENS = 20.0
 
 def choose(evidence: Evidence, room: Room) -> Choice:
     """The experts that a constant replaces worst, and the constants of the others."""
-    kept = room.fill(evidence.scores(lambda found: found.residual_energy()))
+    kept = room.fill(evidence.relative(lambda found: found.residual_energy()))
     tables = {}
     for at in evidence.statistics:
         offsets = evidence.statistics[at].mean_output() * trust(evidence, at)[:, None]

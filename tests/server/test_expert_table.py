@@ -10,7 +10,6 @@ from proxymoe.common.errors import CheckpointError
 from proxymoe.common.expert_table import expert_table_bytes, expert_table_from
 from proxymoe.common.plan import Precision
 from proxymoe.server.extract import expert_table, extract
-from proxymoe.server.templates import energies
 from tests.server.test_extract import profile_of
 
 SEEDS = (0, 10, 20)
@@ -40,7 +39,7 @@ def shipped(qwen, profile, settings):
 @given(mixtures)
 def test_a_mixture_has_the_energies_that_the_server_sees(qwen, profile, mixture):
     found = shipped(qwen, profile, ExtractSettings()).mix(mixture)
-    expected = energies(profile, mixture)
+    expected = profile.relative_energy(mixture)
     assert found.keys() == expected.keys()
     for at, values in expected.items():
         assert found[at] == pytest.approx(values, rel=1e-6)

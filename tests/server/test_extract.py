@@ -38,6 +38,7 @@ def statistics(seed: int) -> ExpertStatistics:
         energy=1.5 * count * (mean_gate * norm) ** 2,
         magnitude=1.2 * count * norm,
         output=count[:, None] * mean_gate[:, None] ** 2 * output,
+        stream=TOKENS * torch.rand(1, generator=generator),
     )
 
 
@@ -158,11 +159,15 @@ def test_the_budget_in_bytes_wins_over_the_fraction(qwen):
     assert budget_bytes(qwen.base, settings) == 123
 
 
-def test_energy_keeps_the_largest_energies_over_all_layers(qwen):
+def test_drop_keeps_the_largest_shares_of_the_stream_over_all_layers(qwen):
     plan = cut(qwen, kept_fraction=0.5, floor=0.0).plan
-    profile = profile_of(qwen)
+    domains = profile_of(qwen).domains
     energies = {
-        (at, e): float(profile.domains["domain0"][at].energy[e]) for at in (0, 1) for e in range(8)
+        (at, e): float(
+            domains["domain0"][at].energy[e] * sum(d[at].stream for d in domains.values())
+        )
+        for at in (0, 1)
+        for e in range(8)
     }
     kept = {(at, e) for at, layer in plan.layers.items() for e in layer.kept}
     assert kept == set(sorted(energies, key=lambda key: -energies[key])[:8])
@@ -190,12 +195,29 @@ def test_modes_keep_what_their_formula_ranks_first(qwen, mode, saliency):
 def test_experts_never_routed_to_come_last(qwen, mode):
     profile = profile_of(qwen)
     for stats in profile.domains["domain0"].values():
-        for column in COLUMNS:
+        for column in set(COLUMNS) - {"stream"}:
             getattr(stats, column)[2] = 0.0
     settings = ExtractSettings(mode=mode, kept_fraction=0.875, allocation="uniform")
     rng = np.random.default_rng(0)
     plan = extract(qwen.base, profile, {"domain0": 1.0}, settings, rng).plan
     assert all(2 not in layer.kept for layer in plan.layers.values())
+
+
+@pytest.mark.parametrize("mode", ["drop", "mean", "affine"])
+def test_a_layer_whose_stream_and_outputs_are_larger_alike_keeps_the_same_experts(qwen, mode):
+    profile = profile_of(qwen)
+    settings = ExtractSettings(mode=mode, kept_fraction=0.5, floor=0.0)
+    before = extract(qwen.base, profile, {"domain0": 1.0}, settings, np.random.default_rng(0)).plan
+    for name, layers in profile.domains.items():
+        for column, power in (("norm", 1), ("magnitude", 1), ("output", 1), ("energy", 2)):
+            getattr(layers[1], column).mul_(64**power)
+        layers[1].stream.div_(64**2)
+        related = profile.relations[name][0][1]
+        for column, power in (("output", 1), ("cross", 2), ("square", 2), ("seen", 1)):
+            getattr(related, column).mul_(64**power)
+    larger = Profile(profile.base, profile.domains, profile.num_tokens, profile.relations)
+    after = extract(qwen.base, larger, {"domain0": 1.0}, settings, np.random.default_rng(0)).plan
+    assert after.kept == before.kept
 
 
 def test_random_is_seeded(qwen):

@@ -21,7 +21,8 @@ from tests.server.test_profile import examples_of
 def evidence_of(tiny, examples) -> Evidence:
     statistics, tokens = profile_domain(tiny.full, examples, 10**6)
     related, _ = relate_domain(tiny.full, examples)
-    return Evidence(tiny.base, statistics, related, tokens, np.random.default_rng(0))
+    alike = dict.fromkeys(statistics, 1.0)
+    return Evidence(tiny.base, statistics, related, alike, tokens, np.random.default_rng(0))
 
 
 def room_for(tiny, count: int) -> Room:

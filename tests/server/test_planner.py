@@ -287,8 +287,8 @@ def test_a_mixture_makes_a_new_plan_when_enough_of_it_has_moved(planner):
 
 def test_another_domain_or_budget_is_another_application(planner):
     plain = planner.assign("kitchen", Application())
-    named = planner.assign("kitchen", Application(domain="math"))
-    smaller = Application(domain="math", budget_bytes=named.model_bytes * 9 // 10)
+    named = planner.assign("kitchen", Application(domain="code"))
+    smaller = Application(domain="code", budget_bytes=named.model_bytes * 9 // 10)
     small = planner.assign("kitchen", smaller)
     assert len({plain.plan, named.plan, small.plan}) == 3
     assert small.model_bytes <= smaller.budget_bytes

@@ -1,7 +1,11 @@
 """Expert statistics: equal to a sum written by hand, additive, and bound to their base model."""
 
+from functools import cache
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxymoe.common.checkpoint import write_tensors
 from proxymoe.common.errors import CheckpointError, DataError
@@ -50,7 +54,13 @@ def by_hand(model, examples):
 
         return layer.experts.register_forward_pre_hook(hook)
 
-    handles = [watch(layer) for layer in layers]
+    def watch_stream(layer):
+        def hook(_layer, _inputs, hidden):
+            sums[layer.position].stream.add_(sum(1 / h.square().sum() for h in hidden[0]))
+
+        return layer.decoder_layer.register_forward_hook(hook)
+
+    handles = [watch(layer) for layer in layers] + [watch_stream(layer) for layer in layers]
     with torch.no_grad():
         for example in examples:
             model(torch.tensor([example.tokens]), use_cache=False)
@@ -107,12 +117,18 @@ def test_the_mean_output_is_the_constant_that_loses_least_energy(qwen):
         assert (loss >= residual - 1e-5).all()
 
 
-def test_a_mixture_is_the_weighted_mean_per_token(qwen):
+@cache
+def two_domains(tiny):
     domains, num_tokens = {}, {}
     for name, seed in (("a", 1), ("b", 2)):
         domains[name], num_tokens[name] = profile_domain(
-            qwen.full, examples_of(seed, [12, 9]), 10**6
+            tiny.full, examples_of(seed, [12, 9]), 10**6
         )
+    return domains, num_tokens
+
+
+def test_a_mixture_is_the_weighted_mean_per_token(qwen):
+    domains, num_tokens = two_domains(qwen)
     profile = Profile(qwen.base.digest, domains, num_tokens)
     mixed = profile.mix({"a": 3.0, "b": 1.0})
     for at in (0, 1):
@@ -121,9 +137,21 @@ def test_a_mixture_is_the_weighted_mean_per_token(qwen):
         assert float(mixed[at].count.sum()) == pytest.approx(4.0)
 
 
-def test_profiling_leaves_no_observer_behind(qwen):
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=2).filter(lambda w: sum(w) > 0.1))
+def test_shares_of_the_stream_are_linear_in_the_mixture(qwen, weights):
+    profile = Profile(qwen.base.digest, *two_domains(qwen))
+    mixed = profile.relative_energy(dict(zip("ab", weights, strict=True)))
+    alone = [profile.relative_energy({name: 1.0}) for name in "ab"]
+    for at, found in mixed.items():
+        expected = (weights[0] * alone[0][at] + weights[1] * alone[1][at]) / sum(weights)
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_profiling_leaves_nothing_behind(qwen):
     profile_domain(qwen.full, examples_of(7, [5]), 10**6)
-    assert all(expert_state(at.experts).observer is None for at in moe_layers(qwen.full.model))
+    for layer in moe_layers(qwen.full.model):
+        assert expert_state(layer.experts).observer is None
+        assert not layer.decoder_layer._forward_hooks
 
 
 def test_a_profile_survives_the_disk(qwen, tmp_path):

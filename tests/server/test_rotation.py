@@ -7,12 +7,11 @@ from hypothesis import strategies as st
 
 from proxymoe.common.config import Allocation
 from proxymoe.server.rotation import rotated
-from proxymoe.server.templates import energies
 from tests.server.test_extract import cut, profile_of
 
 
 def scores_of(tiny):
-    return energies(profile_of(tiny), {"domain0": 1.0})
+    return profile_of(tiny).relative_energy({"domain0": 1.0})
 
 
 @given(st.floats(0.15, 1), st.sampled_from(Allocation), st.floats(0, 1), st.integers(0, 9))

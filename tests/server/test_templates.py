@@ -16,7 +16,6 @@ from proxymoe.server.templates import (
     Extractor,
     catalogue,
     choose,
-    energies,
 )
 from tests.laws import tried
 from tests.server.test_extract import profile_of
@@ -54,7 +53,7 @@ def test_a_device_gets_the_template_that_covers_most_of_its_energy(
     mixture = dict(zip(DOMAINS, drawn, strict=True))
     templates = catalogue(qwen.base, profile, settings, 0)
     found = Extractor(qwen.base, profile).cut("a", mixture, settings, 0)
-    scores = energies(profile, mixture)
+    scores = profile.relative_energy(mixture)
     covered = [covered_energy(scores, each.plan.kept) for each in templates]
     assert covered_energy(scores, found.plan.kept) == max(covered)
     assert found.plan.digest in {each.plan.digest for each in templates}
@@ -90,7 +89,7 @@ def test_with_as_many_templates_as_domains_everybody_has_a_plan_of_its_own(
 def test_more_templates_never_cover_less_of_a_mixture(qwen, profile):
     settings = [ExtractSettings(templates=count) for count in range(1, 6)]
     for name in DOMAINS:
-        scores = energies(profile, {name: 1.0})
+        scores = profile.relative_energy({name: 1.0})
         found = [Extractor(qwen.base, profile).cut("a", {name: 1.0}, each, 0) for each in settings]
         covered = [covered_energy(scores, each.plan.kept) for each in found]
         assert covered == sorted(covered)
