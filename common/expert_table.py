@@ -42,7 +42,8 @@ class ExpertTable:
     domains: tuple[str, ...]
     """Sorted names."""
     energy: Mapping[int, NDArray[np.float32]]
-    """(M, E) E[g² ‖f‖²] per token, by decoder layer (g gate, f output)."""
+    """(M, E) E[g² ‖f‖²] · E[1/‖h‖²] per token, by decoder layer: gate g, output f, and the residual
+    stream h, of which it is the share that makes layers comparable."""
     expert_bytes: Mapping[int, int]
     """Bytes of one expert as devices of this run hold it, by decoder layer."""
     allocation: Allocation

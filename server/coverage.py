@@ -78,7 +78,7 @@ def coverage(
         layouts: of every member, one at least.
         cohort_size: of every round; None is everybody.
         smallest_class: fewest holders in a cohort by which a block is summed; 1 in the clear.
-        energy: what every expert matters to the members, on average; see `energies`.
+        energy: what every expert matters to the members, on average; see `Profile.relative_energy`.
     """
     held = holding(full, list(layouts))
     members, holders, sizes = len(held), held.sum(axis=0), np.array(full.sizes)

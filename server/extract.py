@@ -5,6 +5,9 @@ leave the full model's outputs on the device's tokens as they are. How experts a
 end, and what becomes of the others, is a *mode*: the default `drop` and the published rivals are
 in `server/modes`, a file each, and all get the same bytes.
 
+Energies that are lost count by their share of the residual stream (`server/profile.py`), so that
+layers compare.
+
 Budget first: the trunk, the whole router and what the mode needs beside experts are fixed, and
 what is left holds experts. With statistics that match the device, bytes go wherever a layer needs
 them most; with statistics of other people's text a layer that looks idle may not be, so every
