@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from proxymoe.common.allocation import Scores
-from proxymoe.common.checkpoint import read_tensors, write_tensors
 from proxymoe.common.errors import CheckpointError, ConfigError, DataError, PlanError
 from proxymoe.common.experts import Observer, expert_state, valid_tokens
 from proxymoe.common.model import LoadedModel
@@ -33,7 +32,7 @@ from proxymoe.common.moe import MoELayer, moe_layers
 from proxymoe.common.text import Example, packed_batches
 from proxymoe.server.reading import Reader, read_whole
 from proxymoe.server.relations import LayerRelations, load_relations, mixed
-from proxymoe.server.sums import weighted_sum
+from proxymoe.server.sums import load_sums, save_sums, weighted_sum
 
 FEWEST_PICKS, ENOUGH_PICKS = 32, 128
 """How often an expert must be picked on average, and should be. On the shipped model, a plan for a
@@ -216,14 +215,8 @@ def save_domain(
     path: Path, base: str, statistics: dict[int, ExpertStatistics], num_tokens: int
 ) -> None:
     """Writes one domain's statistics atomically; a profile on disk is a folder of these."""
-    tensors = {
-        f"{at}.{field.name}": getattr(stats, field.name)
-        for at, stats in statistics.items()
-        for field in fields(ExpertStatistics)
-    }
-    tensors["num_tokens"] = torch.tensor([num_tokens])
-    tensors["base"] = torch.tensor(list(bytes.fromhex(base)), dtype=torch.uint8)
-    write_tensors(path, tensors)
+    digest = torch.tensor(list(bytes.fromhex(base)), dtype=torch.uint8)
+    save_sums(path, statistics, num_tokens, base=digest)
 
 
 def load_profile(folder: Path, base: str, relations: Path | None = None) -> Profile:
@@ -239,19 +232,9 @@ def load_profile(folder: Path, base: str, relations: Path | None = None) -> Prof
     """
     domains, num_tokens = {}, {}
     for path in sorted(folder.glob("*.safetensors")):
-        tensors = read_tensors(path)
-        if not {"base", "num_tokens"} <= set(tensors):
-            raise CheckpointError(f"{path}: not a profile; remove it and profile again")
-        found = bytes(tensors.pop("base").tolist()).hex()
-        if found != base:
-            raise CheckpointError(f"{path}: profile of base model {found[:12]}, not {base[:12]}")
-        num_tokens[path.stem] = int(tensors.pop("num_tokens").item())
-        positions = sorted({int(name.partition(".")[0]) for name in tensors})
-        if missing := {f"{at}.{name}" for at in positions for name in COLUMNS} - set(tensors):
-            raise CheckpointError(f"{path}: no {min(missing)}; remove it and profile again")
-        domains[path.stem] = {
-            at: ExpertStatistics(*(tensors[f"{at}.{name}"] for name in COLUMNS)) for at in positions
-        }
+        domains[path.stem], num_tokens[path.stem], found = load_sums(path, ExpertStatistics, "base")
+        if (of := bytes(found["base"].tolist()).hex()) != base:
+            raise CheckpointError(f"{path}: profile of base model {of[:12]}, not {base[:12]}")
     if not domains:
         raise CheckpointError(f"{folder}: no profile here; profile the base model first")
     related = (

@@ -10,21 +10,20 @@ Shapes: T tokens, E experts, D hidden size.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from proxymoe.common.checkpoint import read_tensors, write_tensors
 from proxymoe.common.errors import CheckpointError
 from proxymoe.common.experts import all_outputs, valid_tokens
 from proxymoe.common.model import LoadedModel
 from proxymoe.common.moe import MoELayer, moe_layers
 from proxymoe.common.text import Example, packed_batches
 from proxymoe.server.reading import Reader, read_whole
-from proxymoe.server.sums import weighted_sum
+from proxymoe.server.sums import load_sums, save_sums, weighted_sum
 
 CHUNK_TOKENS = 128
 """Tokens that all experts are run on at once: (E, T, D) in fp32 is what it takes."""
@@ -119,24 +118,12 @@ def relate_domain(
 
 def save_relations(path: Path, relations: LayerRelations, num_tokens: int) -> None:
     """Writes one domain's relations atomically."""
-    tensors = {
-        f"{at}.{field.name}": getattr(found, field.name)
-        for at, found in relations.items()
-        for field in fields(Relations)
-    }
-    write_tensors(path, tensors | {"num_tokens": torch.tensor([num_tokens])})
+    save_sums(path, relations, num_tokens)
 
 
 def load_relations(path: Path) -> tuple[LayerRelations, int]:
     """One domain's relations, and the tokens behind them; CheckpointError if unreadable."""
-    tensors = read_tensors(path)
-    try:
-        num_tokens = int(tensors.pop("num_tokens").item())
-        names = [field.name for field in fields(Relations)]
-        positions = sorted({int(name.partition(".")[0]) for name in tensors})
-        found = {at: Relations(*(tensors[f"{at}.{name}"] for name in names)) for at in positions}
-    except KeyError as error:
-        raise CheckpointError(f"{path}: no relations; remove it and profile again") from error
+    found, num_tokens, _ = load_sums(path, Relations)
     return found, num_tokens
 
 
