@@ -75,12 +75,15 @@ class GridTransport:
         self._nodes: dict[str, int] = {}
         self._asked: dict[str, int] = {}
         """Nodes that have not described themselves yet, by the message that asks them."""
+        self._silent: set[int] = set()
+        """Nodes that were waited for once, in vain; rounds do not wait for them again."""
 
     def devices(self) -> list[str]:
         """Names of the devices whose nodes are online; nodes not known yet are asked first.
 
         A node without a valid description, or with the name of a device that is online already,
-        is left out, and asked again at the next call.
+        is left out, and asked again at the next call. One that has been silent to the end of a call
+        may answer later, but no later call waits for it.
         """
         deadline = time.monotonic() + self._gather_seconds
         done: set[int] = set()
@@ -94,12 +97,13 @@ class GridTransport:
                     self._asked[message] = node
             for node, record in self._pull(self._asked):
                 self._meet(node, record)
-            all_met = len(online) >= wanted and not self._asked
+            all_met = len(online) >= wanted and self._silent.issuperset(self._asked.values())
             if len(self._nodes) >= wanted or all_met:
                 break
             if time.monotonic() >= deadline:
                 found = len(self._nodes), wanted, self._gather_seconds
                 log.warning("%d of %d devices after %.0f s", *found)
+                self._silent.update(self._asked.values())
                 break
             self._pause(POLL_SECONDS)
         return sorted(self._nodes)
@@ -146,6 +150,7 @@ class GridTransport:
         return self._push(self._nodes[name], kind, record, self._reply_seconds)
 
     def _meet(self, node: int, record: ConfigRecord) -> None:
+        self._silent.discard(node)
         try:
             described = Description.model_validate(dict(record))
         except ValidationError:

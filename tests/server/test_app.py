@@ -196,6 +196,22 @@ def test_a_node_that_does_not_describe_itself_holds_up_nobody_else():
     assert len([m for m in grid.sent if m.metadata.dst_node_id == 14]) == 1
 
 
+def test_a_silent_node_is_waited_for_once_and_met_when_it_speaks():
+    pauses: list[float] = []
+    grid = LocalGrid({11: node("a"), 12: lambda _: None})
+    link = transport(grid, num_devices=2, gather_seconds=0.1, pause=pauses.append)
+    assert link.devices() == ["a"]
+    assert pauses
+    pauses.clear()
+    assert link.devices() == ["a"]
+    assert not pauses
+
+    grid.nodes[12] = node("b")
+    link._asked.clear()  # As if the question that was not answered had lapsed.
+    assert link.devices() == ["a", "b"]
+    assert not link._silent
+
+
 def test_what_pause_raises_ends_the_exchange():
     class Enough(Exception):
         pass
