@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from proxymoe.common.experts import Redirect, expert_state
@@ -31,8 +32,8 @@ from proxymoe.simulations.site import asset
 
 DOMAINS = ("banking", "math", "code", "travel", "shakespeare")
 KEPT = 0.25
-TOKENS = 2048
-"""Of every domain; the divergence is read on other text, at as many completion tokens."""
+TOKENS, JUDGED = 2048, 1024
+"""Of every domain; the divergence is read on other text, at fewer completion tokens."""
 MEASURES = ("energy", "share of the stream")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -95,9 +96,9 @@ def thinned(loaded: LoadedModel, base: str, domains: Sequence[str]) -> list[Thin
     found = []
     for domain, (_, judge) in texts.items():
         batches = packed_batches(judge)
-        reference = completion_logits(loaded.model, batches, TOKENS)
+        reference = completion_logits(loaded.model, batches, JUDGED)
         energy = {at: stats.energy for at, stats in profile.mix({domain: 1.0}).items()}
-        for layer in moe_layers(loaded.model):
+        for layer in track(moe_layers(loaded.model), domain, console=Console(stderr=True)):
             at = layer.position
             kept = energy[at].topk(round(KEPT * layer.num_experts)).indices
             kl = divergence(reference, _without_others(loaded, layer, kept, batches))
@@ -116,7 +117,7 @@ def _without_others(
     state = expert_state(layer.experts)
     state.redirect = Redirect(slot)
     try:
-        return completion_logits(loaded.model, batches, TOKENS)
+        return completion_logits(loaded.model, batches, JUDGED)
     finally:
         state.redirect = None
 
