@@ -71,12 +71,14 @@ def bench(
         found = thinned(loaded, checkpoint.digest, domain)
     layers = sorted({each.layer for each in found})
     ratios = {measure: [_ratio(found, at, measure) for at in layers] for measure in MEASURES}
-    shown = Table("divergence per unit, over the mean of layers", *map(str, layers), "spread")
-    for measure, row in ratios.items():
-        mean = statistics.mean(row)
-        spread = statistics.pstdev(row) / mean
-        shown.add_row(measure, *(f"{each / mean:.2g}" for each in row), f"{spread:.2f}")
-    Console(width=max(100, 9 * len(layers))).print(shown)
+    means = {measure: statistics.mean(column) for measure, column in ratios.items()}
+    shown = Table("layer", *MEASURES, title="Divergence per unit, over its mean", show_footer=True)
+    for number, at in enumerate(layers):
+        shown.add_row(str(at), *(f"{ratios[m][number] / means[m]:.2g}" for m in MEASURES))
+    shown.columns[0].footer = "spread"
+    for column, measure in zip(shown.columns[1:], MEASURES, strict=True):
+        column.footer = f"{statistics.pstdev(ratios[measure]) / means[measure]:.2f}"
+    Console().print(shown)
     if json_path is not None:
         cells: list[dict[str, Any]] = [
             {"domain": x.domain, "layer": x.layer, "kl": x.kl, **x.lost} for x in found
