@@ -7,7 +7,7 @@ theirs.
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -49,14 +49,11 @@ def load_sums(
     Raises:
         CheckpointError: unreadable, or of another kind or version.
     """
-    tensors, columns = read_tensors(path), [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    tensors, columns = read_tensors(path), [field.name for field in fields(cast(Any, kind))]
     layers = {name.partition(".")[0] for name in tensors} - {TOKENS, *others}
     wanted = {f"{at}.{column}" for at in layers for column in columns} | {TOKENS, *others}
     if missing := wanted - set(tensors):
         raise CheckpointError(f"{path}: no {min(missing)}; remove it and profile again")
     sums = {int(at): kind(*(tensors[f"{at}.{column}"] for column in columns)) for at in layers}
-    return (
-        dict(sorted(sums.items())),
-        int(tensors[TOKENS]),
-        {name: tensors[name] for name in others},
-    )
+    rest = {name: tensors[name] for name in others}
+    return dict(sorted(sums.items())), int(tensors[TOKENS]), rest
