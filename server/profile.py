@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from proxymoe.common.allocation import Scores
 from proxymoe.common.errors import CheckpointError, ConfigError, DataError, PlanError
-from proxymoe.common.experts import Observer, expert_state, valid_tokens
+from proxymoe.common.experts import expert_state, valid_tokens
 from proxymoe.common.model import LoadedModel
 from proxymoe.common.moe import MoELayer, moe_layers
 from proxymoe.common.text import Example, packed_batches
@@ -248,13 +248,20 @@ def load_profile(folder: Path, base: str, relations: Path | None = None) -> Prof
 @contextlib.contextmanager
 def _watched(layer: MoELayer, sums: ExpertStatistics) -> Iterator[None]:
     """While the block runs, what the layer's experts do is added to the sums."""
-    state, add = expert_state(layer.experts), _observer(sums)
+    state = expert_state(layer.experts)
     asked = False
 
     def observe(outputs: Tensor, gates: Tensor, slots: Tensor) -> None:
         nonlocal asked
         asked = True
-        add(outputs, gates, slots)
+        outputs, gates = outputs.float(), gates.float()
+        lengths = outputs.norm(dim=-1)
+        norms, ones = lengths * gates, torch.ones_like(gates)
+        columns = (ones, gates, gates.square(), norms, norms.square(), lengths)
+        totals = (sums.count, sums.gate, sums.gate_squared, sums.norm, sums.energy, sums.magnitude)
+        for total, column in zip(totals, columns, strict=True):
+            total.index_add_(0, slots, column)
+        sums.output.index_add_(0, slots, gates.square()[:, None] * outputs)
 
     def leave(_layer: nn.Module, _inputs: Any, output: Any) -> None:
         nonlocal asked
@@ -273,20 +280,6 @@ def _watched(layer: MoELayer, sums: ExpertStatistics) -> Iterator[None]:
     finally:
         handle.remove()
         state.observer = None
-
-
-def _observer(sums: ExpertStatistics) -> Observer:
-    def observe(outputs: Tensor, gates: Tensor, slots: Tensor) -> None:
-        outputs, gates = outputs.float(), gates.float()
-        lengths = outputs.norm(dim=-1)
-        norms, ones = lengths * gates, torch.ones_like(gates)
-        columns = (ones, gates, gates.square(), norms, norms.square(), lengths)
-        totals = (sums.count, sums.gate, sums.gate_squared, sums.norm, sums.energy, sums.magnitude)
-        for total, column in zip(totals, columns, strict=True):
-            total.index_add_(0, slots, column)
-        sums.output.index_add_(0, slots, gates.square()[:, None] * outputs)
-
-    return observe
 
 
 def head(examples: Sequence[Example], max_tokens: int) -> list[Example]:

@@ -25,7 +25,7 @@ from proxymoe.common.files import write_json
 from proxymoe.common.loss import completion_logits, divergence
 from proxymoe.common.model import LoadedModel, load
 from proxymoe.common.moe import MoELayer, moe_layers
-from proxymoe.common.text import Example, packed_batches, read_rows, tokenise
+from proxymoe.common.text import Batch, Example, packed_batches, read_rows, tokenise
 from proxymoe.server.base import BaseCheckpoint
 from proxymoe.server.profile import Profile, profile_domain
 from proxymoe.simulations.site import asset
@@ -111,7 +111,7 @@ def thinned(loaded: LoadedModel, base: str, domains: Sequence[str]) -> list[Thin
 
 
 def _without_others(
-    loaded: LoadedModel, layer: MoELayer, kept: torch.Tensor, batches: Any
+    loaded: LoadedModel, layer: MoELayer, kept: torch.Tensor, batches: Sequence[Batch]
 ) -> torch.Tensor:
     """Logits of the model while one layer has these experts only."""
     slot = torch.full((layer.num_routed,), -1)
